@@ -1,0 +1,279 @@
+"""Pictures to arrays: decoded and resized once, kept as uint8, then dealt out in batches.
+
+A source is a sequence of dicts `{"name": str, "image": bytes, "mask": bytes}`, encoded in any
+format that Pillow reads: a split of `tfds_kvasir.sources`, or a `FolderSource`.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL
+from PIL import Image, ImageOps
+
+#: A picture that claims more pixels than this is refused before it is decoded.
+MAX_PIXELS = 100_000_000
+
+
+class DataError(ValueError):
+    """A picture, or a set of them, that cannot be used; the message names the file."""
+
+
+class Arrays(NamedTuple):
+    """A data set in memory.
+
+    Attributes:
+        image: uint8 [N, H, W, 3].
+        mask: uint8 [N, H, W, 1] of 0 and 1.
+        name: N names.
+        fingerprint: of the source it was made from, see `fingerprint`.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    name: list[str]
+    fingerprint: str
+
+
+def as_float(image: jax.Array) -> jax.Array:
+    """An image as the networks take it: uint8 is divided by 255, float is in [0, 1] already."""
+    if image.dtype == jnp.uint8:
+        return image.astype(jnp.float32) / 255
+    if jnp.issubdtype(image.dtype, jnp.floating):
+        return image.astype(jnp.float32)
+    raise ValueError(f"image has type {image.dtype}: give uint8 in 0..255 or float in [0, 1]")
+
+
+def open_picture(data: bytes | Path, name: str) -> Image.Image:
+    """Decode a picture and turn it upright, as its EXIF orientation says.
+
+    Args:
+        data: its encoded bytes, or its file.
+        name: what an error calls it.
+
+    Raises:
+        DataError: it cannot be decoded, or has more than `MAX_PIXELS` pixels.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise DataError(f"{name}: {picture.width} x {picture.height} pixels are too many")
+        picture.load()
+    # Pillow's decoders raise most of the built-in exceptions on a broken file.
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{name}: not a picture that can be read ({error})") from error
+    return ImageOps.exif_transpose(picture)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB: 16 bits are divided by 257, transparency is dropped."""
+    if picture.mode.startswith(("I", "F")):
+        values = np.asarray(picture, np.float32)
+        # Pillow opens 16-bit pictures in several modes; all have values that 8 bits cannot hold.
+        values = values / 257 if values.max(initial=0) > 255 else values
+        picture = Image.fromarray(np.round(values).clip(0, 255).astype(np.uint8))
+    return picture.convert("RGB")
+
+
+def to_mask(picture: Image.Image, name: str) -> Image.Image:
+    """A mask of {0, 1}, or of values near {0, 255}, as an 8-bit picture of 0 and 255.
+
+    A palette's indices are its values. Values within 32 of 0 or 255 are near, for JPEG blurs edges.
+
+    Raises:
+        DataError: other values, with a list of them.
+    """
+    values = np.asarray(picture if picture.mode == "P" else to_rgb(picture).convert("L"))
+    if picture.mode.startswith("I") and np.asarray(picture).max(initial=0) <= 1:
+        values = np.asarray(picture)
+    if values.max(initial=0) <= 1:
+        positive = values == 1
+    else:
+        positive = values >= 223
+        strange = np.unique(values[(values > 32) & ~positive])
+        if len(strange) or not positive.any():
+            listed = ", ".join(map(str, (strange if len(strange) else np.unique(values))[:8]))
+            raise DataError(
+                f"{name}: a mask must have the values 0 and 1, or values near 0 and 255, and this "
+                f"one has {listed}: write one mask of 0 and 255 for the class to be found"
+            )
+    return Image.fromarray(np.where(positive, np.uint8(255), np.uint8(0)))
+
+
+def resize_image(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Resize an RGB picture, antialiased, to (height, width): uint8 [H, W, 3]."""
+    return np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def resize_mask(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Resize a mask of 0 and 255 to (height, width): uint8 [H, W, 1].
+
+    A pixel is 1 where at least half of its area is.
+    """
+    return (np.asarray(mask.resize(size[::-1], Image.Resampling.BOX)) > 127).astype(np.uint8)[
+        ..., None
+    ]
+
+
+def decode_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
+    """The RGB image and the mask of 0 and 255 of an entry of a source.
+
+    Raises:
+        DataError: one cannot be read, or their sizes differ.
+    """
+    name = example["name"]
+    image = to_rgb(open_picture(example["image"], f"image {name}"))
+    mask = to_mask(open_picture(example["mask"], f"mask {name}"), f"mask {name}")
+    if image.size != mask.size:
+        raise DataError(f"{name}: the image is {image.size} and its mask {mask.size} pixels")
+    return image, mask
+
+
+def fingerprint(source: Sequence[dict[str, Any]]) -> str:
+    """SHA-256 of the names and encoded bytes of a source, in order."""
+    digest = hashlib.sha256()
+    for i in range(len(source)):
+        example = source[i]
+        for part in (example["name"].encode(), example["image"], example["mask"]):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def load(
+    source: Sequence[dict[str, Any]],
+    size: int | tuple[int, int],
+    *,
+    cache: str | os.PathLike | None = None,
+) -> Arrays:
+    """Decode and resize a whole source, on all cores, or read the result of an earlier call.
+
+    Args:
+        source: a sequence of `{"name", "image", "mask"}`.
+        size: the height and width of the arrays.
+        cache: a folder for the results; a file in it is named for the source's content, the size
+            and the version of Pillow, whose decoders differ.
+
+    Raises:
+        DataError: the source is empty, or an entry of it cannot be used.
+    """
+    if not len(source):
+        raise DataError("the data set is empty")
+    height, width = (size, size) if isinstance(size, int) else size
+    content, file = fingerprint(source), None
+    if cache is not None:
+        key = f"{content[:32]}-{height}x{width}-pillow{PIL.__version__}"
+        file = Path(cache).expanduser() / f"{key}.npz"
+        if file.exists():
+            with np.load(file) as stored:
+                return Arrays(stored["image"], stored["mask"], stored["name"].tolist(), content)
+
+    def one(i: int) -> tuple[np.ndarray, np.ndarray, str]:
+        image, mask = decode_pair(source[i])
+        return (
+            resize_image(image, (height, width)),
+            resize_mask(mask, (height, width)),
+            source[i]["name"],
+        )
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images, masks, names = zip(*pool.map(one, range(len(source))), strict=True)
+    arrays = Arrays(np.stack(images), np.stack(masks), list(names), content)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        with part.open("wb") as stream:
+            np.savez(stream, image=arrays.image, mask=arrays.mask, name=np.array(arrays.name))
+        part.replace(file)
+    return arrays
+
+
+SPLITS = ("train", "validation", "test")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+
+
+class FolderSource(Sequence):
+    """Pairs of pictures with the same stem in two folders, sorted by stem.
+
+    Args:
+        images, masks: the folders.
+        split: `train`, `validation`, `test`: about 80, 10 and 10 % of the pairs, chosen by a hash
+            of the stem, so that a picture stays in its split when others come; None for all.
+
+    Raises:
+        DataError: an image has no mask or two, or there are no images.
+    """
+
+    def __init__(
+        self, images: str | os.PathLike, masks: str | os.PathLike, split: str | None = None
+    ):
+        image, mask = _by_stem(Path(images)), _by_stem(Path(masks))
+        if odd := sorted(image.keys() ^ mask.keys()):
+            raise DataError(
+                f"{odd[0]!r} is only in {images if odd[0] in image else masks}, and so are "
+                f"{len(odd) - 1} others: each image needs a mask with the same stem"
+            )
+        if not image:
+            raise DataError(f"{images} has no pictures ({', '.join(SUFFIXES)})")
+        if split is not None and split not in SPLITS:
+            raise DataError(f"there is no split {split!r}: choose one of {', '.join(SPLITS)}")
+        stems = [stem for stem in sorted(image) if split in (None, _split_of(stem))]
+        self._pairs = [(stem, image[stem], mask[stem]) for stem in stems]
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:  # type: ignore[override]
+        name, image, mask = self._pairs[i]
+        return {"name": name, "image": image.read_bytes(), "mask": mask.read_bytes()}
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
+            if file.stem in found:
+                raise DataError(f"{found[file.stem]} and {file.name} have one stem: keep one")
+            found[file.stem] = file
+    return found
+
+
+def _split_of(stem: str) -> str:
+    share = int.from_bytes(hashlib.sha256(stem.encode()).digest()[:8], "big") / 2**64
+    return "train" if share < 0.8 else "validation" if share < 0.9 else "test"
+
+
+def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of n images in an epoch: a permutation that depends on the arguments alone."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def batches(
+    arrays: Arrays, batch_size: int, order: np.ndarray | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Deal out batches of one shape; the last is filled with copies of weight 0.
+
+    Args:
+        arrays: the data set.
+        batch_size: images a batch.
+        order: indices of the images, in the order wanted; by default all as they stand.
+
+    Yields:
+        `image` uint8 [B, H, W, 3], `mask` uint8 [B, H, W, 1], `weight` float32 [B].
+    """
+    order = np.arange(len(arrays.image)) if order is None else order
+    for start in range(0, len(order), batch_size):
+        real = order[start : start + batch_size]
+        index = np.resize(real, batch_size)
+        weight = (np.arange(batch_size) < len(real)).astype(np.float32)
+        yield {"image": arrays.image[index], "mask": arrays.mask[index], "weight": weight}

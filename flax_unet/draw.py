@@ -1,0 +1,75 @@
+"""Pictures of predictions (Pillow) and learning curves (matplotlib)."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+TRUE, PREDICTED = (0, 220, 90), (255, 40, 160)  # green and magenta: told apart by the colour-blind
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask [H, W] that touch its outside, two pixels wide: bool [H, W]."""
+    mask = np.asarray(mask, bool)
+    return mask & ~ndimage.binary_erosion(mask, iterations=2, border_value=1)
+
+
+def overlay(image: np.ndarray, proba: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """The image with the prediction over it at alpha 0.5, and the true outline in green.
+
+    Args:
+        image: uint8 [H, W, 3].
+        proba: probabilities [H, W] in [0, 1]; where they are 0 the image shows as it is.
+        mask: the true mask [H, W], if it is known.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    alpha = 0.5 * np.asarray(proba, np.float32)[..., None]
+    mixed = image * (1 - alpha) + np.float32(PREDICTED) * alpha
+    if mask is not None:
+        mixed[outline(mask)] = TRUE
+    return mixed.round().astype(np.uint8)
+
+
+def panels(image: np.ndarray, proba: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """The tutorial's three panels side by side: image, probabilities, overlay.
+
+    Args and units as for `overlay`.
+
+    Returns:
+        uint8 [H, 3 W, 3].
+    """
+    grey = np.repeat(
+        (255 * np.asarray(proba, np.float32)).round().astype(np.uint8)[..., None], 3, -1
+    )
+    return np.concatenate([image, grey, overlay(image, proba, mask)], axis=1)
+
+
+def save_sheet(path: str | os.PathLike, rows: Sequence[np.ndarray]) -> None:
+    """Write pictures [H, W, 3] of one size under each other as a PNG."""
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+def save_curves(path: str | os.PathLike, history: Sequence[dict[str, Any]]) -> None:
+    """Write the learning curves as a PNG: loss, and Dice per image, of training and validation.
+
+    Args:
+        path: the file.
+        history: the lines of `metrics.jsonl`, one an epoch.
+    """
+    from matplotlib.figure import Figure  # slow to import, and only wanted here
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    epochs = [line["epoch"] for line in history]
+    titles = {"loss": "loss", "dice_per_image": "Dice, mean over images"}
+    for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        axes.plot(epochs, [line[key] for line in history], label="training")
+        axes.plot(epochs, [line[f"val_{key}"] for line in history], label="validation")
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)

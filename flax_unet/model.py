@@ -1,0 +1,189 @@
+"""The U-Net: image [B, H, W, 3] in [0, 1] to logits [B, H, W, classes].
+
+Ronneberger, Fischer, Brox: "U-Net: Convolutional Networks for Biomedical Image Segmentation",
+MICCAI 2015.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+glorot_uniform = nn.initializers.glorot_uniform()
+he_normal = nn.initializers.he_normal()
+
+
+class Dropout(nn.Module):
+    """Zero a share `rate` of the entries and scale the others up, when `train`."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        # 16 random bits an entry instead of a float32: half the bits to make, which is what
+        # dropout costs. The share that is really kept is the one that is divided by.
+        dropped = round(self.rate * 2**16)
+        if not train or dropped == 0:
+            return x
+        bits = jax.random.bits(self.make_rng("dropout"), x.shape, jnp.uint16)
+        scale = jnp.asarray(1 / (1 - dropped / 2**16), x.dtype)
+        return jnp.where(bits >= dropped, x * scale, 0)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation of [B, H, W, C]: Wu, He: "Group Normalization", ECCV 2018.
+
+    Moments are taken of each channel first and of each group after: one pass over the channels as
+    they lie in memory, where a reshape into groups costs several.
+    """
+
+    groups: int
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, _, _, c = x.shape
+        scale = self.param("scale", nn.initializers.ones, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+
+        def group_mean(moment: jax.Array) -> jax.Array:
+            of_group = moment.reshape(b, self.groups, -1).mean(-1, keepdims=True)
+            return jnp.broadcast_to(of_group, (b, self.groups, c // self.groups)).reshape(b, c)
+
+        wide = x.astype(jnp.float32)
+        mean, square = group_mean(wide.mean((1, 2))), group_mean((wide * wide).mean((1, 2)))
+        factor = scale * jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + self.epsilon)
+        offset = bias - mean * factor
+        return (wide * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """`convs` times 3x3 convolution, group norm (unless `groups` is None) and ReLU.
+
+    Dropout stands before the last convolution.
+    """
+
+    features: int
+    convs: int
+    groups: int | None
+    dropout: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        for i in range(self.convs):
+            if i == self.convs - 1:
+                x = Dropout(self.dropout)(x, train)
+            x = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=he_normal)(x)
+            if self.groups is not None:
+                x = GroupNorm(self.groups)(x)
+            x = nn.relu(x)
+        return x
+
+
+class Upsample(nn.Module):
+    """Transposed 2x2 convolution of stride 2: [B, H, W, C] to [B, 2H, 2W, features].
+
+    The kernel's size is its stride, so no two input pixels touch the same output pixel: it is one
+    matrix product and a reshape (depth to space), equal to and much faster than the general form.
+    """
+
+    features: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        kernel = self.param("kernel", glorot_uniform, (2, 2, c, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x = x @ kernel.transpose(2, 0, 1, 3).reshape(c, -1)
+        x = x.reshape(b, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(b, 2 * h, 2 * w, self.features) + bias
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """The largest of each 2x2 window: [B, 2H, 2W, C] to [B, H, W, C]."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+class UNet(nn.Module):
+    """A U-Net: `model.init(key, image)`, `model.apply(variables, image)`.
+
+    Attributes:
+        features: channels of each level, the last being the bottleneck's.
+        num_classes: channels of the logits; each is a yes or no of its own (sigmoid).
+        convs: 3x3 convolutions a block.
+        groups: groups of the group norm after each convolution; None for no normalisation.
+        dropout: share dropped in each level's blocks, or one share a level.
+        dtype: type of the computation; parameters and logits are float32.
+    """
+
+    features: Sequence[int] = (16, 32, 64, 128, 256, 512)
+    num_classes: int = 1
+    convs: int = 3
+    groups: int | None = 8
+    dropout: float | Sequence[float] = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @property
+    def stride(self) -> int:
+        """Height and width of an image must be multiples of this."""
+        return 2 ** (len(self.features) - 1)
+
+    @nn.compact
+    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        """Logits of an image.
+
+        Args:
+            image: [B, H, W, C] in [0, 1].
+            train: drop entries; needs `rngs={"dropout": key}`.
+
+        Returns:
+            Logits, float32 [B, H, W, num_classes].
+
+        Raises:
+            ValueError: H or W is no multiple of `stride`, or the attributes do not fit together.
+        """
+        levels = len(self.features)
+        rates = [self.dropout] * levels if isinstance(self.dropout, (int, float)) else self.dropout
+        if len(rates) != levels:
+            raise ValueError(
+                f"dropout has {len(rates)} rates for {levels} levels: give one a level"
+            )
+        if self.groups is not None and any(f % self.groups for f in self.features):
+            raise ValueError(
+                f"features {tuple(self.features)} cannot be split into {self.groups} groups: "
+                "choose multiples, or groups=None"
+            )
+        if image.ndim != 4 or image.shape[1] % self.stride or image.shape[2] % self.stride:
+            raise ValueError(
+                f"image has shape {image.shape}: it must be [B, H, W, C], H and W multiples of "
+                f"{self.stride}; flax_unet.predict pads and crops for you"
+            )
+
+        def block(level: int, name: str) -> Block:
+            return Block(
+                self.features[level], self.convs, self.groups, rates[level], self.dtype, name=name
+            )
+
+        *outer, bottleneck = range(levels)
+        x = image.astype(self.dtype)
+        skips = []
+        for level in outer:
+            x = block(level, f"down{level}")(x, train)
+            skips.append(x)
+            x = max_pool(x)
+        x = block(bottleneck, "bottleneck")(x, train)
+        for level in reversed(outer):
+            x = Upsample(self.features[level], self.dtype, name=f"upsample{level}")(x)
+            x = block(level, f"up{level}")(jnp.concatenate([x, skips[level]], axis=-1), train)
+        head = nn.Conv(self.num_classes, (1, 1), kernel_init=glorot_uniform, name="head")
+        return head(x.astype(jnp.float32))
+
+
+#: The tutorial's network: 11,707,729 parameters, with Keras' initial distributions.
+ARTICLE = UNet(groups=None, dropout=(0.1, 0.1, 0.2, 0.2, 0.3, 0.3))

@@ -1,0 +1,184 @@
+"""The training step: (state, batch, key) to (state, metrics).
+
+A batch is a dict: `image` [B, H, W, 3], uint8 or float in [0, 1]; `mask` [B, H, W, C] of 0 and 1;
+`weight` [B], 0 for an image that only fills the batch and must not count.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_unet import metrics
+from flax_unet.data import as_float
+
+Batch = Mapping[str, jax.Array]
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training changes. Arrays only, so that it is saved, sharded and donated whole."""
+
+    step: jax.Array  # int32 scalar: the updates made
+    params: Any
+    model_state: Any  # what the model keeps beside its parameters, such as batch statistics
+    opt_state: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `model.apply` takes."""
+        return {"params": self.params, **self.model_state}
+
+
+def create_train_state(
+    model: nn.Module, tx: optax.GradientTransformation, key: jax.Array, image_shape: tuple[int, ...]
+) -> TrainState:
+    """The state before the first step; under `jax.eval_shape`, its shapes and types.
+
+    Args:
+        model: a module called with an image [B, H, W, C].
+        tx: the optimizer.
+        key: a PRNG key for the initial parameters.
+        image_shape: (B, H, W, C); the parameters depend on C alone.
+    """
+    model_state = dict(model.init(key, jnp.zeros(image_shape, jnp.float32)))
+    params = model_state.pop("params")
+    return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    loss_fn: Loss,
+    augment: Augment | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One update of the parameters.
+
+    Args:
+        state: the state; its `step` picks the randomness, so step n is the same after a restart.
+        batch: `image`, `mask` and `weight`, see above.
+        key: the run's PRNG key, the same for every step.
+        model: called as `model.apply(variables, image, train=True, rngs={"dropout": key})`.
+        tx: the optimizer.
+        loss_fn: (logits, labels) to a loss an image, [B].
+        augment: (key, image, mask) to (image, mask).
+
+    Returns:
+        The next state, and of this batch, before the update: `loss`, the mean over its images of
+        weight 1, `iou_coef`, and the `confusion` of each image, [B, C].
+    """
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+    image, labels, weight = batch["image"], batch["mask"], batch["weight"]
+    if augment is not None:
+        image, labels = augment(augment_key, image, labels)
+    image, labels = as_float(image), labels.astype(jnp.float32)
+
+    def mean_loss(params: Any) -> tuple[jax.Array, Any]:
+        logits, model_state = model.apply(
+            {"params": params, **state.model_state},
+            image,
+            train=True,
+            rngs={"dropout": dropout_key},
+            mutable=list(state.model_state),
+        )
+        loss = (weight * loss_fn(logits, labels)).sum() / weight.sum()
+        return loss, (logits, model_state)
+
+    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+    (loss, (logits, model_state)), grads = gradient(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    figures = {
+        "loss": loss,
+        "iou_coef": metrics.iou_coef(logits, labels, weight),
+        "confusion": metrics.confusion(logits, labels),
+    }
+    return TrainState(state.step + 1, params, model_state, opt_state), figures
+
+
+def eval_step(variables: Any, batch: Batch, *, model: nn.Module, loss_fn: Loss) -> dict[str, Any]:
+    """Figures of a batch: `loss` of each image [B], `iou_coef`, and `confusion` [B, C]."""
+    logits = model.apply(variables, as_float(batch["image"]))
+    labels = batch["mask"].astype(jnp.float32)
+    return {
+        "loss": loss_fn(logits, labels),
+        "iou_coef": metrics.iou_coef(logits, labels, batch["weight"]),
+        "confusion": metrics.confusion(logits, labels),
+    }
+
+
+@cache
+def compiler_options() -> dict[str, str]:
+    """What XLA should be told on this backend.
+
+    From jax 0.8 on its CPU backend hands convolutions to YNN, which takes 1.5 to 4 times as long as
+    Eigen for all but the narrowest layers: leave YNN the matrix products alone.
+    """
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except Exception:  # an older or newer XLA that knows no such flag: its type differs by version
+        return {}
+    return options
+
+
+def make_train_step(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    loss_fn: Loss,
+    *,
+    augment: Augment | None = None,
+    mesh: Mesh | None = None,
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
+    """Compile `train_step`; the state given to it is donated, so use the one that it returns.
+
+    Args:
+        model, tx, loss_fn, augment: as `train_step` takes them.
+        mesh: devices over which the batch is split; the state is the same on each of them.
+    """
+    step = partial(train_step, model=model, tx=tx, loss_fn=loss_fn, augment=augment)
+    whole, split = _shardings(mesh)
+    return jax.jit(
+        step,
+        in_shardings=(whole, split, whole),
+        out_shardings=whole,
+        donate_argnums=0,
+        compiler_options=compiler_options(),
+    )
+
+
+def make_eval_step(
+    model: nn.Module, loss_fn: Loss, *, mesh: Mesh | None = None
+) -> Callable[[Any, Batch], dict[str, Any]]:
+    """Compile `eval_step`; see `make_train_step`."""
+    whole, split = _shardings(mesh)
+    return jax.jit(
+        partial(eval_step, model=model, loss_fn=loss_fn),
+        in_shardings=(whole, split),
+        out_shardings=whole,
+        compiler_options=compiler_options(),
+    )
+
+
+def _shardings(mesh: Mesh | None) -> tuple[Any, Any]:
+    """Of what every device holds whole, and of what is split along its first axis."""
+    if mesh is None:
+        return None, None
+    return (
+        NamedSharding(mesh, PartitionSpec()),
+        NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
+    )
