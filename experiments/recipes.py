@@ -41,8 +41,10 @@ class Config:
     """Folder of masks (--dataset folder)."""
     data_dir: Path | None = None
     """Where TFDS keeps prepared datasets; by default ~/tensorflow_datasets."""
+    features: tuple[int, ...] = ARTICLE.features
+    """Channels of each level of the network, the last being the bottleneck's."""
     image_size: int = 256
-    """Height and width to which pictures are resized, a multiple of 32."""
+    """Height and width to which pictures are resized, a multiple of the network's stride, 32."""
     batch_size: int = 8
     """Images a step."""
     epochs: int = 100
@@ -64,10 +66,37 @@ class Recipe(NamedTuple):
     augment: train.Augment | None
 
 
+def keras_adam(learning_rate: float) -> optax.GradientTransformation:
+    """Adam with Keras' defaults.
+
+    Keras adds its epsilon before the second moment is corrected, optax after (the "epsilon hat" of
+    Kingma, Ba, ICLR 2015, section 2). In the first steps that is 30 times as much, and most
+    gradients of a U-Net are smaller than it.
+    """
+
+    def epsilon(count: jax.Array) -> jax.Array:
+        return 1e-7 / jnp.sqrt(1 - 0.999 ** (count + 1))
+
+    return optax.inject_hyperparams(optax.adam)(learning_rate, b1=0.9, b2=0.999, eps=epsilon)
+
+
 def make_recipe(config: Config) -> Recipe:
-    """The recipe that a configuration names."""
-    model = ARTICLE.clone(dtype=jnp.dtype(config.dtype))
-    tx = optax.adam(config.learning_rate, eps=1e-7)  # Keras' epsilon
+    """The recipe that a configuration names.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+    for field in ("image_size", "batch_size", "epochs", "learning_rate"):
+        if not getattr(config, field) > 0:
+            raise ValueError(f"{field} is {getattr(config, field)}: it must be positive")
+    model = ARTICLE.clone(
+        features=config.features,
+        dropout=ARTICLE.dropout[: len(config.features)],
+        dtype=jnp.dtype(config.dtype),
+    )
+    if config.image_size % model.stride:
+        raise ValueError(f"image_size {config.image_size} is no multiple of {model.stride}")
+    tx = keras_adam(config.learning_rate)
     if config.recipe == "article":
         return Recipe(model, tx, losses.bce, None)
     return Recipe(model.clone(groups=8), tx, losses.bce, augment.random_flips)
@@ -118,6 +147,7 @@ def load_split(config: Config, split: str) -> data.Arrays:
 def to_json(config: Config, fingerprints: dict[str, str]) -> dict[str, Any]:
     """What config.json holds."""
     fields = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    fields["features"] = list(config.features)  # as JSON reads it again
     packages = (
         "flax-unet",
         "jax",
@@ -156,6 +186,7 @@ def read_config(workdir: Path) -> Config:
     stored = json.loads(file.read_text())
     fields = stored["config"] | stored["free"]
     paths = ("workdir", "kvasir_zip", "images", "masks", "data_dir")
+    fields["features"] = tuple(fields["features"])
     fields |= {k: Path(fields[k]) for k in paths if fields[k] is not None}
     return Config(**fields | {"workdir": workdir})
 
@@ -165,3 +196,17 @@ def write_atomically(file: Path, text: str) -> None:
     part = file.with_name(file.name + ".part")
     part.write_text(text)
     part.replace(file)
+
+
+def restore_run(
+    workdir: Path, which: Literal["best", "latest"]
+) -> tuple[Config, UNet, dict[str, Any], int]:
+    """The configuration, the model, its variables and their step, of the run in a workdir.
+
+    Raises:
+        CheckpointError: there is no run, or it has no checkpoint yet.
+    """
+    config = read_config(workdir)
+    with checkpoint.open_checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        state, _ = checkpoint.restore(checkpoints, abstract_state(config), which)
+    return config, make_recipe(config).model, state.variables, int(state.step)

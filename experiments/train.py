@@ -209,14 +209,14 @@ def draw_samples(
     draw.save_sheet(config.workdir / "samples" / f"epoch-{epoch:04d}.png", rows)
 
 
-def main() -> int:
-    config = tyro.cli(Config, description=__doc__)
+def main(args: list[str] | None = None) -> int:
+    config = tyro.cli(Config, description=__doc__, args=args)
     try:
         run(config)
     except Stopped as signal_name:
         print(f"{signal_name}: the state is saved; run the same command again to go on")
         return 128 + signal.Signals[str(signal_name)]
-    except (ValueError, FloatingPointError, checkpoint.CheckpointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

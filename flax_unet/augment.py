@@ -17,10 +17,10 @@ def random_flips(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax
         mask: [B, H, W, K], of any type.
     """
 
-    def flip(key: jax.Array, *pictures: jax.Array) -> tuple[jax.Array, ...]:
+    def flip(key: jax.Array, x: jax.Array) -> jax.Array:
         upside_down, mirrored = jax.random.bernoulli(key, shape=(2,))
-        pictures = tuple(jnp.where(upside_down, x[::-1], x) for x in pictures)
-        return tuple(jnp.where(mirrored, x[:, ::-1], x) for x in pictures)
+        x = jnp.where(upside_down, x[::-1], x)
+        return jnp.where(mirrored, x[:, ::-1], x)
 
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(image)))
-    return jax.vmap(flip)(keys, image, mask)
+    return jax.vmap(flip)(keys, image), jax.vmap(flip)(keys, mask)

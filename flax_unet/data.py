@@ -7,6 +7,7 @@ format that Pillow reads: a split of `tfds_kvasir.sources`, or a `FolderSource`.
 import hashlib
 import io
 import os
+import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -111,7 +112,7 @@ def to_mask(picture: Image.Image, name: str) -> Image.Image:
 
 def resize_image(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """Resize an RGB picture, antialiased, to (height, width): uint8 [H, W, 3]."""
-    return np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
+    return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def resize_mask(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
@@ -119,9 +120,9 @@ def resize_mask(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
     A pixel is 1 where at least half of its area is.
     """
-    return (np.asarray(mask.resize(size[::-1], Image.Resampling.BOX)) > 127).astype(np.uint8)[
-        ..., None
-    ]
+    return (np.asarray(mask.resize((size[1], size[0]), Image.Resampling.BOX)) > 127).astype(
+        np.uint8
+    )[..., None]
 
 
 def decode_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
@@ -172,9 +173,11 @@ def load(
     if cache is not None:
         key = f"{content[:32]}-{height}x{width}-pillow{PIL.__version__}"
         file = Path(cache).expanduser() / f"{key}.npz"
-        if file.exists():
+        try:
             with np.load(file) as stored:
                 return Arrays(stored["image"], stored["mask"], stored["name"].tolist(), content)
+        except (OSError, ValueError, zipfile.BadZipFile):
+            pass  # not there, or damaged: it is made (anew)
 
     def one(i: int) -> tuple[np.ndarray, np.ndarray, str]:
         image, mask = decode_pair(source[i])

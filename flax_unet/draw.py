@@ -29,7 +29,7 @@ def overlay(image: np.ndarray, proba: np.ndarray, mask: np.ndarray | None = None
         uint8 [H, W, 3].
     """
     alpha = 0.5 * np.asarray(proba, np.float32)[..., None]
-    mixed = image * (1 - alpha) + np.float32(PREDICTED) * alpha
+    mixed = image * (1 - alpha) + np.array(PREDICTED, np.float32) * alpha
     if mask is not None:
         mixed[outline(mask)] = TRUE
     return mixed.round().astype(np.uint8)

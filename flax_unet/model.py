@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 
 glorot_uniform = nn.initializers.glorot_uniform()
@@ -54,8 +55,8 @@ class GroupNorm(nn.Module):
 
         wide = x.astype(jnp.float32)
         mean, square = group_mean(wide.mean((1, 2))), group_mean((wide * wide).mean((1, 2)))
-        factor = scale * jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + self.epsilon)
-        offset = bias - mean * factor
+        factor = scale[None] * jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + self.epsilon)
+        offset = bias[None] - mean * factor
         return (wide * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
 
 
@@ -98,10 +99,10 @@ class Upsample(nn.Module):
         b, h, w, c = x.shape
         kernel = self.param("kernel", glorot_uniform, (2, 2, c, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         x = x @ kernel.transpose(2, 0, 1, 3).reshape(c, -1)
         x = x.reshape(b, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
-        return x.reshape(b, 2 * h, 2 * w, self.features) + bias
+        return x.reshape(b, 2 * h, 2 * w, self.features) + bias[None, None, None]
 
 
 def max_pool(x: jax.Array) -> jax.Array:

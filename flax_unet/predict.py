@@ -18,12 +18,13 @@ from flax_unet.train import Loss, compiler_options, make_eval_step
 @cache
 def _apply(model: nn.Module) -> Any:
     def proba(variables: Any, image: jax.Array) -> jax.Array:
-        return jax.nn.sigmoid(model.apply(variables, data.as_float(image)))
+        logits: Any = model.apply(variables, data.as_float(image))
+        return jax.nn.sigmoid(logits)
 
     return jax.jit(proba, compiler_options=compiler_options())
 
 
-def predict_proba(model: nn.Module, variables: Any, image: Any) -> jax.Array:
+def predict_proba(model: Any, variables: Any, image: Any) -> jax.Array:
     """Probabilities of an image of any size, at that size.
 
     The image is padded below and to the right to the model's stride, by its last row and column,
@@ -51,14 +52,12 @@ def predict_proba(model: nn.Module, variables: Any, image: Any) -> jax.Array:
     return proba if image.ndim == 4 else proba[0]
 
 
-def predict(model: nn.Module, variables: Any, image: Any, *, threshold: float = 0.5) -> jax.Array:
+def predict(model: Any, variables: Any, image: Any, *, threshold: float = 0.5) -> jax.Array:
     """The mask of an image: uint8 of 0 and 1; see `predict_proba`."""
     return (predict_proba(model, variables, image) > threshold).astype(jnp.uint8)
 
 
-def predict_picture(
-    model: nn.Module, variables: Any, picture: Image.Image, size: int
-) -> np.ndarray:
+def predict_picture(model: Any, variables: Any, picture: Image.Image, size: int) -> np.ndarray:
     """Probabilities of a picture at its own size, predicted at the size that the model learned.
 
     Args:

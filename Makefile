@@ -1,0 +1,40 @@
+# make demo: train, evaluate and draw on the embedded data set. make test: the test suite.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all test-versions lint clean
+
+demo: .venv/installed
+	$(BIN)/python experiments/train.py --workdir runs/demo --dataset synthetic_polyps \
+	  --image-size 64 --epochs 12 --data-dir runs/demo/data
+	$(BIN)/python experiments/evaluate.py --workdir runs/demo
+	@echo "Look at runs/demo/evaluation-test.png, runs/demo/curves.png and runs/demo/samples/"
+
+test: .venv/installed-dev
+	$(BIN)/pytest -m "not slow"
+
+test-all: .venv/installed-dev
+	$(BIN)/pytest
+
+# The ends of the version window, each in an environment of its own; see the script.
+test-versions:
+	tests/versions.sh
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@ .venv/installed
+
+clean:
+	rm -rf .venv .venv-* dist runs/demo

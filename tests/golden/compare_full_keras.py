@@ -1,0 +1,134 @@
+"""Compare the article's network, at its own size, with Keras: the answers, then five Adam steps.
+
+    pip install tensorflow-cpu keras -e .
+    python tests/golden/compare_full_keras.py
+
+Run by hand: it takes some minutes and both frameworks.
+"""
+
+import platform
+from importlib.metadata import version
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import unflatten_dict
+from make_keras_golden import ARTICLE, article_keras, from_keras, pictures, variables
+
+from flax_unet.losses import bce
+from flax_unet.model import UNet
+
+SIZE, BATCH, STEPS = 256, 8, 5
+MODEL = UNet(features=ARTICLE, groups=None)
+
+
+def our_params(model) -> dict:
+    """The weights of a Keras model as our parameters."""
+    flat = {path: from_keras(path, v.numpy()) for path, v in variables(model).items()}
+    return jax.tree.map(jnp.asarray, unflatten_dict(flat, sep="/"))
+
+
+def keras_adam() -> optax.GradientTransformation:
+    """Keras' Adam: its epsilon stands before the bias correction, so in optax' formula it falls."""
+
+    def eps(count):
+        return 1e-7 / jnp.sqrt(1 - 0.999 ** (count + 1))
+
+    return optax.inject_hyperparams(optax.adam)(1e-3, eps=eps)
+
+
+def train_ours(tx: optax.GradientTransformation, params: dict, batches: list):
+    """The loss before each step, and the parameters after the last."""
+
+    @jax.jit
+    def step(params, opt_state, image, labels):
+        def loss(params):
+            return bce(MODEL.apply({"params": params}, image), labels).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    opt_state = tx.init(params)
+    losses = []
+    for image, mask in batches:
+        image, mask = jnp.asarray(image / 255, jnp.float32), jnp.asarray(mask, jnp.float32)
+        params, opt_state, value = step(params, opt_state, image, mask)
+        losses.append(float(value))
+    return losses, params
+
+
+def train_keras(model, batches: list) -> list[float]:
+    """The same in Keras, compiled as the article compiles it."""
+    model.compile(optimizer="adam", loss="binary_crossentropy")
+    return [
+        float(model.train_on_batch(np.float32(256 * (image / 255)), np.float32(mask)))
+        for image, mask in batches
+    ]
+
+
+def compare_answers(model) -> None:
+    """Print how far the logits and probabilities of two images are apart."""
+    import keras
+
+    image, _ = pictures(np.random.default_rng(1), 2, SIZE, SIZE)
+    both = keras.Model(model.input, [model.get_layer("head").output, model.output])
+    keras_logits, keras_proba = (
+        np.asarray(y) for y in both(np.float32(256 * (image / 255)), training=False)
+    )
+    logits = jax.jit(MODEL.apply)(
+        {"params": our_params(model)}, jnp.asarray(image / 255, jnp.float32)
+    )
+    logits_apart = abs(logits - keras_logits).max()
+    proba_apart = abs(jax.nn.sigmoid(logits) - keras_proba).max()
+    print(f"answers at {SIZE}x{SIZE}, batch 2, largest difference:")
+    print(
+        f"  logits {logits_apart:.2e}, of the largest logit {logits_apart / abs(logits).max():.2e}"
+    )
+    print(f"  probabilities {proba_apart:.2e}; spread of the logits {logits.std():.3f}")
+    assert proba_apart < 1e-5
+
+
+def compare_training(model) -> None:
+    """Print the losses of Keras and ours, with optax' Adam and with Keras' formula of it."""
+    start = our_params(model)
+    rng = np.random.default_rng(2)
+    batches = [pictures(rng, BATCH, SIZE, SIZE) for _ in range(STEPS)]
+    keras_losses = train_keras(model, batches)
+    keras_end = our_params(model)
+
+    print(f"{STEPS} Adam steps, batch {BATCH}, {SIZE}x{SIZE}, loss before each step:")
+    print(f"  {'Keras':22}", *(f"{value:.7f}" for value in keras_losses))
+    optimizers = {
+        "optax, Keras' epsilon": keras_adam(),
+        "optax.adam, eps=1e-7": optax.adam(1e-3, b1=0.9, b2=0.999, eps=1e-7),
+        "optax.adam, eps=1e-8": optax.adam(1e-3),
+    }
+    apart = {}
+    for name, tx in optimizers.items():
+        losses, end = train_ours(tx, start, batches)
+        apart[name] = [abs(a / b - 1) for a, b in zip(losses, keras_losses, strict=True)]
+        way = optax.tree.norm(optax.tree.sub(start, keras_end))
+        off = optax.tree.norm(optax.tree.sub(end, keras_end)) / way
+        print(f"  {name:22}", *(f"{value:.7f}" for value in losses))
+        print(f"  {'':22}", *(f"{value:9.1e}" for value in apart[name]), "relative to Keras")
+        print(f"  {'':22}", f"weights end {off:.2f} of Keras' way from Keras' end")
+    assert max(apart["optax, Keras' epsilon"]) < 1e-4
+
+
+def main() -> None:
+    """Print the versions and both comparisons."""
+    names = "keras", "tensorflow-cpu", "jax", "flax", "optax", "numpy"
+    print(", ".join(f"{name} {version(name)}" for name in names), platform.machine())
+    import keras
+
+    keras.utils.set_random_seed(0)
+    model = article_keras(ARTICLE, dropout=[0] * len(ARTICLE))
+    print(f"{model.count_params():,} parameters")
+    compare_answers(model)
+    compare_training(model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What the library computes, written slowly and obviously in NumPy, in float64."""
+
+import numpy as np
+
+
+def conv3x3(x, kernel, bias):
+    """'Same' 3x3 convolution: [B, H, W, C], [3, 3, C, F], [F] to [B, H, W, F]."""
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    b, h, w, _ = x.shape
+    y = np.zeros((b, h, w, kernel.shape[-1]))
+    for n in range(b):
+        for i in range(h):
+            for j in range(w):
+                for u in range(3):
+                    for v in range(3):
+                        if 0 <= i + u - 1 < h and 0 <= j + v - 1 < w:
+                            y[n, i, j] += x[n, i + u - 1, j + v - 1] @ kernel[u, v]
+    return y + np.asarray(bias, np.float64)
+
+
+def upsample(x, kernel, bias):
+    """Transposed 2x2 convolution of stride 2: each input pixel paints a 2x2 square of its own."""
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    b, h, w, _ = x.shape
+    y = np.zeros((b, 2 * h, 2 * w, kernel.shape[-1]))
+    for n in range(b):
+        for i in range(h):
+            for j in range(w):
+                for u in range(2):
+                    for v in range(2):
+                        y[n, 2 * i + u, 2 * j + v] = x[n, i, j] @ kernel[u, v]
+    return y + np.asarray(bias, np.float64)
+
+
+def group_norm(x, groups, scale, bias, epsilon=1e-6):
+    """Each image's groups of neighbouring channels, to mean 0 and variance 1."""
+    x = np.asarray(x, np.float64)
+    y = np.empty_like(x)
+    width = x.shape[-1] // groups
+    for n in range(len(x)):
+        for g in range(groups):
+            part = x[n, ..., g * width : (g + 1) * width]
+            y[n, ..., g * width : (g + 1) * width] = (part - part.mean()) / np.sqrt(
+                part.var() + epsilon
+            )
+    return y * np.asarray(scale, np.float64) + np.asarray(bias, np.float64)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+
+
+def bce(logits, labels):
+    """-y log p - (1 - y) log(1 - p), the mean over each image."""
+    p, y = sigmoid(logits), np.asarray(labels, np.float64)
+    return (-y * np.log(p) - (1 - y) * np.log(1 - p)).mean((1, 2, 3))
+
+
+def soft_dice(logits, labels, smooth=1.0):
+    p, y = sigmoid(logits), np.asarray(labels, np.float64)
+    losses = []
+    for n in range(len(p)):
+        classes = []
+        for c in range(p.shape[-1]):
+            overlap, total = (p[n, ..., c] * y[n, ..., c]).sum(), (p + y)[n, ..., c].sum()
+            classes.append((2 * overlap + smooth) / (total + smooth))
+        losses.append(1 - np.mean(classes))
+    return np.array(losses)
+
+
+def iou_coef(p, y):
+    """The tutorial's metric, of one batch."""
+    overlap, total = (y * p).sum(), (y + p).sum()
+    return (overlap + 100) / (total - overlap + 100)
+
+
+def adam(gradients, rate=1e-3, b1=0.9, b2=0.999, epsilon=1e-7):
+    """The sum of Adam's updates for a list of gradients: Kingma, Ba, ICLR 2015, Algorithm 1."""
+    m = v = moved = 0.0
+    for t, g in enumerate(np.asarray(gradients, np.float64), start=1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        moved = moved - rate * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + epsilon)
+    return moved

@@ -1,0 +1,508 @@
+"""The Kvasir-SEG builder, against zipfile and NumPy by hand.
+
+Most tests read a drawn zip; those on the real one need its path in KVASIR_SEG_ZIP.
+"""
+
+import functools
+import http.server
+import io
+import os
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+import tfds_kvasir
+from tfds_kvasir.kvasir_seg import kvasir_seg_dataset_builder as kvasir_seg
+from tfds_kvasir.kvasir_seg.dummy_data.draw import NAMES, draw_zip, jpeg
+
+FOLDER = Path(kvasir_seg.__file__).parent
+SIZES = {
+    "article": {"train": 603, "validation": 67, "test": 330},
+    "medico": {"train": 880, "validation": 120},
+    "effisegnet": {"train": 800, "validation": 100, "test": 100},
+    "sorted42": {"train": 800, "validation": 100, "test": 100},
+}
+# Neither sorted nor in the zip's order, so that only the protocol's order passes.
+DUMMY = kvasir_seg.Protocol(
+    name="dummy", splits={"train": ["rim", "disc", "pair"], "test": ["flat"]}
+)
+PROTOCOLS = {config.name: config.splits for config in kvasir_seg.Builder.BUILDER_CONFIGS}
+ALL_NAMES = sorted(name for split in PROTOCOLS["article"].values() for name in split)
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "KVASIR_SEG_ZIP"}
+REAL = os.environ.get("KVASIR_SEG_ZIP", "")
+real = pytest.mark.skipif(not REAL, reason="KVASIR_SEG_ZIP does not name the real kvasir-seg.zip")
+
+
+@pytest.fixture(autouse=True)
+def no_zip_from_outside(monkeypatch):
+    monkeypatch.delenv("KVASIR_SEG_ZIP", raising=False)
+    monkeypatch.setattr(kvasir_seg, "URL", "http://127.0.0.1:9/kvasir-seg.zip")  # nobody answers
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def dummy(tmp_path_factory):
+    """The drawn zip beside the builder, opened, and a prepared data_dir of it."""
+    data_dir = tmp_path_factory.mktemp("dummy")
+    path = FOLDER / "dummy_data" / "kvasir-seg.zip"
+    tfds_kvasir.sources("kvasir_seg", DUMMY, data_dir=data_dir, kvasir_zip=path)
+    return zipfile.ZipFile(path), data_dir
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory):
+    """A zip with tiny drawn pictures under all of Kvasir-SEG's names."""
+    path = tmp_path_factory.mktemp("thousand") / "drawn.zip"
+    draw_zip(path, ALL_NAMES, size=(6, 8))
+    return path
+
+
+def member(archive, folder, name):
+    return archive.read(f"Kvasir-SEG/{folder}/{name}.jpg")
+
+
+def grey(encoded):
+    return np.asarray(Image.open(io.BytesIO(encoded)).convert("L"))
+
+
+def boxes_by_rows(mask):
+    """(ymin, xmin, ymax, xmax), max exclusive, of the 8-connected parts, in some order.
+
+    Row by row: a run of foreground joins all parts that it touches in the row above.
+    """
+    parts = []  # lists of runs (y, start, stop)
+    for y, row in enumerate(mask):
+        for start, stop in np.flatnonzero(np.diff(row, prepend=0, append=0)).reshape(-1, 2):
+            part = [(y, start, stop)]
+            for other in list(parts):
+                if any(b == y - 1 and s <= stop and start <= e for b, s, e in other):
+                    parts.remove(other)
+                    part += other
+            parts.append(part)
+    boxes = []
+    for part in parts:
+        y, start, stop = zip(*part, strict=True)
+        boxes.append((min(y), min(start), max(y) + 1, max(stop)))
+    return boxes
+
+
+def check_boxes(example, mask):
+    height, width = mask.shape
+    pixels = np.reshape(example["bboxes"], (-1, 4)) * (height, width, height, width)
+    np.testing.assert_allclose(sorted(pixels.tolist()), sorted(boxes_by_rows(mask)), atol=1e-3)
+
+
+def check_source(source, archive, names):
+    """Every example against the zip's members of its name."""
+    assert [example["name"] for example in source] == list(names)
+    for example in source:
+        assert set(example) == {"name", "image", "mask"}
+        assert example["image"] == member(archive, "images", example["name"])
+        mask = Image.open(io.BytesIO(example["mask"]))
+        assert (mask.format, mask.mode) == ("PNG", "L")
+        expected = grey(member(archive, "masks", example["name"])) > 127
+        np.testing.assert_array_equal(np.asarray(mask), expected.astype(np.uint8))
+
+
+# What is in it
+
+
+def test_pairs_by_name_in_the_order_of_the_protocol(dummy):
+    archive, data_dir = dummy
+    sources = tfds_kvasir.sources("kvasir_seg", DUMMY, data_dir=data_dir)
+    assert set(sources) == {"train", "test"}
+    for split, names in DUMMY.splits.items():
+        check_source(sources[split], archive, names)
+
+
+def test_pairs_by_name_where_the_zip_lists_masks_backwards(dummy, tmp_path):
+    archive, _ = dummy
+    path = tmp_path / "backwards.zip"
+    masks = [info for info in archive.infolist() if "/masks/" in info.filename]
+    images = [info for info in archive.infolist() if "/images/" in info.filename]
+    with zipfile.ZipFile(path, "w") as backwards:
+        for info in images + masks[::-1]:
+            backwards.writestr(info.filename, archive.read(info))
+        for name in NAMES:
+            backwards.writestr(f"__MACOSX/Kvasir-SEG/images/._{name}.jpg", b"what macOS adds")
+            backwards.writestr(f"__MACOSX/Kvasir-SEG/masks/._{name}.jpg", b"what macOS adds")
+    sources = tfds_kvasir.sources("kvasir_seg", DUMMY, data_dir=tmp_path, kvasir_zip=path)
+    check_source(sources["train"], archive, DUMMY.splits["train"])
+
+
+def test_foreground_is_grey_above_127(tmp_path):
+    steps = np.repeat([0, 127, 128, 255], 8)[None, :, None].repeat(8, 0).repeat(3, 2)
+    buffer = io.BytesIO()
+    Image.fromarray(steps.astype(np.uint8)).save(buffer, format="JPEG", quality=100)
+    path = write_zip(tmp_path, {"images/a.jpg": jpeg(np.zeros((8, 32, 3), np.uint8))})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("masks/a.jpg", buffer.getvalue())
+    one = kvasir_seg.Protocol(name="one", splits={"train": ["a"]})
+    sources = tfds_kvasir.sources("kvasir_seg", one, data_dir=tmp_path, kvasir_zip=path)
+    assert grey(sources["train"][0]["mask"]).tolist() == [[0] * 16 + [1] * 16] * 8
+
+
+def test_boxes_are_those_of_the_masks_parts(dummy):
+    archive, data_dir = dummy
+    builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=data_dir)
+    for example in builder.as_data_source("train"):
+        name = example["name"].decode()
+        check_boxes(example, grey(member(archive, "masks", name)) > 127)
+        assert len(example["bboxes"]) == {"disc": 1, "rim": 2, "pair": 1}[name]
+        assert example["image"].shape == (24, 32, 3) and example["mask"].shape == (24, 32, 1)
+
+
+def test_a_source_is_a_sequence_that_threads_may_share(dummy):
+    _, data_dir = dummy
+    source = tfds_kvasir.sources("kvasir_seg", DUMMY, data_dir=data_dir)["train"]
+    assert source[-1] == source[2] != source[0]
+    with pytest.raises(IndexError):
+        source[3]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.__getitem__, [0, 1, 2] * 300)) == list(source) * 300
+
+
+# Protocols
+
+
+@pytest.mark.parametrize("protocol", SIZES)
+def test_protocols_divide_the_same_thousand_names(protocol):
+    splits = PROTOCOLS[protocol]
+    assert {split: len(names) for split, names in splits.items()} == SIZES[protocol]
+    names = [name for split in splits.values() for name in split]
+    assert len(set(names)) == 1000 and sorted(names) == ALL_NAMES
+
+
+def test_rebuildable_protocols_are_sklearns():
+    def train_test_split(names, test_size):
+        """sklearn's with random_state=42: a permutation, whose first part is the test set."""
+        shuffled = [names[i] for i in np.random.RandomState(42).permutation(len(names))]
+        return shuffled[test_size:], shuffled[:test_size]
+
+    rest, test = train_test_split(ALL_NAMES, 330)
+    assert PROTOCOLS["article"] == {"train": rest[:603], "validation": rest[603:], "test": test}
+    rest, test = train_test_split(ALL_NAMES, 100)
+    train, validation = train_test_split(rest, 100)
+    parts = [sorted(part) for part in (train, validation, test)]
+    assert [sorted(part) for part in PROTOCOLS["sorted42"].values()] == parts
+
+
+@pytest.mark.parametrize("protocol", SIZES)
+def test_every_protocol_prepares(thousand, tmp_path, protocol):
+    sources = tfds_kvasir.sources("kvasir_seg", protocol, data_dir=tmp_path, kvasir_zip=thousand)
+    names = {split: [example["name"] for example in source] for split, source in sources.items()}
+    assert names == PROTOCOLS[protocol]
+
+
+# Where the zip comes from
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """Zips told apart by the width of their pictures, and that width as prepared."""
+
+    class Shop:
+        data_dir = tmp_path / "data"
+
+        def zip(self, width, path=None):
+            path = path or tmp_path / f"{width}.zip"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw_zip(path, size=(16, width))
+            return path
+
+        def prepared_width(self, config=DUMMY, **kwargs):
+            sources = tfds_kvasir.sources("kvasir_seg", config, data_dir=self.data_dir, **kwargs)
+            return grey(sources["train"][0]["image"]).shape[1]
+
+    return Shop()
+
+
+def test_the_argument_comes_before_the_environment(shop, monkeypatch):
+    monkeypatch.setenv("KVASIR_SEG_ZIP", str(shop.zip(24)))
+    assert shop.prepared_width(kvasir_zip=shop.zip(20)) == 20
+
+
+def test_the_environment_comes_before_manual_dir(shop, monkeypatch):
+    shop.zip(28, shop.data_dir / "downloads" / "manual" / "kvasir-seg.zip")
+    monkeypatch.setenv("KVASIR_SEG_ZIP", str(shop.zip(24)))
+    assert shop.prepared_width() == 24
+
+
+def test_manual_dir_comes_before_the_download(shop):
+    shop.zip(28, shop.data_dir / "downloads" / "manual" / "kvasir-seg.zip")
+    assert shop.prepared_width() == 28
+
+
+def test_the_download_is_kept_for_the_next_protocol(shop, tmp_path, monkeypatch):
+    shop.zip(32, tmp_path / "www" / "kvasir-seg.zip")
+    handler = functools.partial(
+        http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "www")
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/kvasir-seg.zip"
+        monkeypatch.setattr(kvasir_seg, "URL", url)
+        assert shop.prepared_width() == 32
+        server.shutdown()
+    other = kvasir_seg.Protocol(name="other", splits={"train": ["disc"]})
+    assert shop.prepared_width(other) == 32
+
+
+def test_the_download_is_checked_against_the_published_sum():
+    (line,) = (FOLDER / "checksums.tsv").read_text().splitlines()
+    url, size, checksum, _ = line.split("\t")
+    assert url == "https://datasets.simula.no/downloads/kvasir-seg.zip"
+    infos = kvasir_seg.Builder.url_infos
+    assert infos is not None
+    info = infos[url]
+    assert (info.size, info.checksum) == (int(size), checksum)
+    assert int(size) == 46227172 and checksum.startswith("03b30e21") and len(checksum) == 64
+
+
+def test_without_network_the_error_comes_soon_and_says_what_to_do(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(ConnectionError) as error:
+        tfds_kvasir.sources("kvasir_seg", data_dir=tmp_path)
+    assert time.monotonic() - start < 10
+    for remedy in ("kvasir_zip=", "KVASIR_SEG_ZIP", "manual_dir", "make demo"):
+        assert remedy in str(error.value)
+    check_nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["kvasir_zip", "KVASIR_SEG_ZIP"])
+def test_a_path_that_is_not_there_is_an_error(shop, monkeypatch, source):
+    shop.zip(28, shop.data_dir / "downloads" / "manual" / "kvasir-seg.zip")
+    given = {}
+    if source == "kvasir_zip":
+        given = {"kvasir_zip": "no/such.zip"}
+    else:
+        monkeypatch.setenv("KVASIR_SEG_ZIP", "no/such.zip")
+    with pytest.raises(FileNotFoundError, match=f"{source} is no/such.zip"):
+        shop.prepared_width(**given)
+    check_nothing_is_left(shop.data_dir)
+
+
+# Zips that are not it
+
+
+def write_zip(folder, members):
+    path = folder / "bad.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def read_zip(path):
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def without(*names):
+    return {name: content for name, content in GOOD.items() if name not in names}
+
+
+def huge(encoded):
+    """The JPEG with 9000x9000 pixels in its header."""
+    at = encoded.index(b"\xff\xc0") + 5
+    return encoded[:at] + (9000).to_bytes(2, "big") * 2 + encoded[at + 4 :]
+
+
+GOOD = read_zip(FOLDER / "dummy_data" / "kvasir-seg.zip")
+IMAGE, MASK = "Kvasir-SEG/images/disc.jpg", "Kvasir-SEG/masks/disc.jpg"
+BAD = {  # its members, and what the error says of it
+    "empty": ({}, "no images"),
+    "foreign": ({"README.txt": b"another dataset"}, "no images"),
+    "no mask": (without(MASK), "images/disc.jpg is without its masks/disc.jpg"),
+    "no image": (without(IMAGE), "masks/disc.jpg is without its images/disc.jpg"),
+    "no pair": (without(IMAGE, MASK), "1 of the 4 images of dummy are not in it"),
+    "twice": (GOOD | {"images/disc.jpg": GOOD[IMAGE]}, "images/disc.jpg is there twice"),
+    "sizes": (
+        GOOD | {MASK: jpeg(np.zeros((9, 7, 3), np.uint8))},
+        f"{IMAGE} is 32x24 but {MASK} is 7x9",
+    ),
+    "text": (GOOD | {IMAGE: b"no picture"}, f"{IMAGE}: cannot identify"),
+    "half": (GOOD | {IMAGE: GOOD[IMAGE][:-200]}, f"{IMAGE}: image file is truncated"),
+    "huge": (GOOD | {IMAGE: huge(GOOD[IMAGE])}, f"{IMAGE}: 9000x9000, more than"),
+    "large": (GOOD | {MASK: bytes(kvasir_seg.LIMIT + 1)}, f"{MASK}: {kvasir_seg.LIMIT + 1} bytes"),
+    "up": (GOOD | {"images/../../x.jpg": b""}, "leaves the folder"),
+    "root": (GOOD | {"/images/x.jpg": b""}, "leaves the folder"),
+    "drive": (GOOD | {"C:\\images\\x.jpg": b""}, "leaves the folder"),
+}
+
+
+def check_nothing_is_left(data_dir):
+    """No record, and no directory that TFDS could take for a version of the dataset."""
+    for pattern in ("*1.0.0*", "*incomplete*", "*record*"):
+        assert not list(data_dir.rglob(pattern))
+
+
+def check_refused(path, data_dir, message):
+    with pytest.raises(ValueError) as error:
+        tfds_kvasir.sources("kvasir_seg", DUMMY, data_dir=data_dir, kvasir_zip=path)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+    check_nothing_is_left(data_dir)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_zip_is_one_error_and_leaves_nothing(tmp_path, case):
+    members, message = BAD[case]
+    check_refused(write_zip(tmp_path, members), tmp_path, message)
+
+
+@pytest.mark.parametrize("content", ["truncated", "not a zip", "nothing", "flipped"])
+def test_a_broken_file_is_one_error_and_leaves_nothing(tmp_path, content):
+    good = (FOLDER / "dummy_data" / "kvasir-seg.zip").read_bytes()
+    path = tmp_path / "broken.zip"
+    path.write_bytes(
+        {
+            "truncated": good[: len(good) // 2],
+            "not a zip": b"<html>a login page</html>",
+            "nothing": b"",
+            "flipped": good[:400] + bytes([good[400] ^ 255]) + good[401:],
+        }[content]
+    )
+    check_refused(path, tmp_path, "CRC" if content == "flipped" else "not a zip file")
+
+
+def test_a_partial_zip_is_not_enough_for_a_published_protocol(tmp_path):
+    path = FOLDER / "dummy_data" / "kvasir-seg.zip"
+    with pytest.raises(ValueError, match="1000 of the 1000 images of article are not in it"):
+        tfds_kvasir.sources("kvasir_seg", data_dir=tmp_path, kvasir_zip=path)
+    check_nothing_is_left(tmp_path)
+
+
+# How it is used
+
+
+def test_by_name_without_tensorflow_and_without_chatter(thousand, tmp_path):
+    program = """
+import sys, tensorflow_datasets as tfds, tfds_kvasir
+tfds_kvasir.sources("kvasir_seg", data_dir=sys.argv[1])
+assert "tensorflow" not in sys.modules
+builder = tfds.builder("kvasir_seg", data_dir=sys.argv[1])
+assert builder.builder_config.name == "article", builder.builder_config
+assert builder.info.file_format.value == "array_record"
+assert len(builder.as_data_source("validation")) == 67
+assert "tensorflow" not in sys.modules
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env=ENVIRONMENT | {"KVASIR_SEG_ZIP": str(thousand)},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_the_format_is_array_record_where_tensorflow_is_missing(dummy, tmp_path, monkeypatch):
+    archive, data_dir = dummy
+    find_spec = kvasir_seg.importlib.util.find_spec
+    missing: dict[str, object] = {"tensorflow": None}
+
+    def only(name, *args):
+        return missing[name] if name in missing else find_spec(name, *args)
+
+    monkeypatch.setattr(kvasir_seg.importlib.util, "find_spec", only)
+    builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=tmp_path)
+    assert builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+    builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=tmp_path, file_format="tfrecord")
+    assert builder.info.file_format == tfds.core.FileFormat.TFRECORD
+    missing["tensorflow"] = object()
+    builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=tmp_path)
+    assert builder.info.file_format == tfds.core.FileFormat.TFRECORD
+    builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=data_dir)  # as it was prepared
+    assert builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+
+
+def test_tfds_build_takes_the_folder(thousand, tmp_path):
+    # `tfds build` itself, whose other subcommands import TensorFlow.
+    program = """
+import simple_parsing
+from tensorflow_datasets.scripts.cli import build
+parser = simple_parsing.ArgumentParser()
+parser.add_arguments(build.Args, dest="build")
+parser.parse_args().build.execute()
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, "--config=medico", f"--data_dir={tmp_path}"],
+        env=ENVIRONMENT
+        | {"KVASIR_SEG_ZIP": str(thousand), "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=FOLDER,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    builder = tfds.builder("kvasir_seg", config="medico", data_dir=tmp_path)
+    assert {split: info.num_examples for split, info in builder.info.splits.items()} == SIZES[
+        "medico"
+    ]
+
+
+def test_the_folder_says_what_tfds_asks_for():
+    metadata = kvasir_seg.Builder.get_metadata()
+    assert "15.4 %" in metadata.description and "10.1007/978-3-030-37734-2_37" in metadata.citation
+    assert set(metadata.tags) <= {tag.split()[0] for tag in valid_tags()} and metadata.tags
+
+
+def valid_tags():
+    lines = (Path(tfds.__file__).parent / "core" / "valid_tags.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_dummy_data_is_what_its_script_draws(tmp_path):
+    draw_zip(tmp_path / "again.zip")
+    with zipfile.ZipFile(tmp_path / "again.zip") as again:
+        drawn = {name: grey(again.read(name)).astype(int) for name in again.namelist()}
+    assert GOOD.keys() == drawn.keys()
+    for name, content in GOOD.items():  # another JPEG library may round another way
+        assert np.abs(grey(content) - drawn[name]).max() < 16
+
+
+# The real one
+
+
+@pytest.fixture(scope="module")
+def medico(tmp_path_factory):
+    """The real zip, opened, and a data_dir with a protocol of it."""
+    data_dir = tmp_path_factory.mktemp("real")
+    tfds_kvasir.sources("kvasir_seg", "medico", data_dir=data_dir, kvasir_zip=REAL)
+    return zipfile.ZipFile(REAL), data_dir
+
+
+@real
+def test_real_examples_are_the_zips(medico):
+    archive, data_dir = medico
+    sources = tfds_kvasir.sources("kvasir_seg", "medico", data_dir=data_dir)
+    assert {split: len(source) for split, source in sources.items()} == SIZES["medico"]
+    for split, names in PROTOCOLS["medico"].items():
+        check_source(sources[split], archive, names)
+    shares = [grey(e["mask"]).mean() for source in sources.values() for e in source]
+    assert abs(np.mean(shares) - 0.1539) <= 0.0005
+
+
+@real
+def test_real_boxes_are_those_of_the_masks_parts(medico):
+    archive, data_dir = medico
+    builder = tfds.builder("kvasir_seg", config="medico", data_dir=data_dir)
+    skip = {key: tfds.decode.SkipDecoding() for key in ("image", "mask")}
+    for example in builder.as_data_source("validation", decoders=skip):
+        mask = grey(member(archive, "masks", example["name"].decode())) > 127
+        check_boxes(example, mask)
+
+
+@real
+def test_real_zip_has_the_names_of_every_protocol():
+    with zipfile.ZipFile(REAL) as archive:
+        files = [Path(name) for name in archive.namelist()]
+    for folder in ("images", "masks"):
+        assert sorted(file.stem for file in files if file.parent.name == folder) == ALL_NAMES

@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from flax_unet.losses import bce, bce_soft_dice, soft_dice
+
+
+@pytest.fixture
+def pair():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 4, (3, 6, 5, 2)).astype(np.float32)
+    return jnp.asarray(logits), jnp.asarray(rng.integers(0, 2, logits.shape), jnp.float32)
+
+
+def test_bce_equals_float64(pair):
+    np.testing.assert_allclose(bce(*pair), reference.bce(*pair), rtol=1e-6)
+
+
+def test_bce_of_hand_made_numbers():
+    logits = jnp.log(jnp.array([3.0, 1.0, 1 / 3, 1.0])).reshape(
+        1, 2, 2, 1
+    )  # p = 3/4, 1/2, 1/4, 1/2
+    labels = jnp.array([1.0, 1.0, 0.0, 0.0]).reshape(1, 2, 2, 1)
+    expected = (2 * np.log(4 / 3) + 2 * np.log(2)) / 4
+    np.testing.assert_allclose(bce(logits, labels), [expected], rtol=1e-6)
+
+
+def test_soft_dice_equals_float64(pair):
+    np.testing.assert_allclose(soft_dice(*pair), reference.soft_dice(*pair), rtol=1e-5)
+
+
+def test_soft_dice_of_nothing_and_of_a_perfect_answer_is_zero():
+    empty = jnp.zeros((1, 4, 4, 1))
+    np.testing.assert_allclose(soft_dice(empty - 100, empty), [0], atol=1e-6)
+    np.testing.assert_allclose(soft_dice(empty + 100, empty + 1), [0], atol=1e-6)
+
+
+def test_the_sum_is_the_sum(pair):
+    np.testing.assert_allclose(
+        bce_soft_dice(*pair), reference.bce(*pair) + reference.soft_dice(*pair), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("loss", [bce, soft_dice, bce_soft_dice])
+def test_large_logits_give_finite_values_and_gradients(loss):
+    logits = jnp.array([-1e4, -90.0, 90.0, 1e4]).reshape(1, 2, 2, 1)
+    labels = jnp.array([1.0, 0.0, 1.0, 0.0]).reshape(1, 2, 2, 1)
+    value, gradient = jax.value_and_grad(lambda x: loss(x, labels).sum())(logits)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("loss", [bce, soft_dice])
+def test_shapes_are_not_broadcast(loss):
+    with pytest.raises(ValueError, match=r"\(2, 4, 4, 1\).*\(2, 4, 4\)"):
+        loss(jnp.zeros((2, 4, 4, 1)), jnp.zeros((2, 4, 4)))
+    with pytest.raises(ValueError, match=r"\(2, 4, 4, 1\).*\(1, 4, 4, 1\)"):
+        loss(jnp.zeros((2, 4, 4, 1)), jnp.zeros((1, 4, 4, 1)))

@@ -1,0 +1,150 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from flax_unet.model import ARTICLE, Block, Dropout, GroupNorm, UNet, Upsample, max_pool
+
+SMALL = UNet(features=(4, 8, 12), groups=2)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_the_article_has_its_number_of_parameters():
+    variables = jax.eval_shape(ARTICLE.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert count(variables) == 11_707_729
+
+
+def test_a_block_is_convolutions_and_relu():
+    x = normal(0, 2, 5, 6, 3)
+    block = Block(4, convs=2, groups=None, dropout=0.0, dtype=jnp.float32)
+    variables = block.init(jax.random.key(1), x, False)
+    expected = x
+    for i in range(2):
+        layer = variables["params"][f"Conv_{i}"]
+        layer["bias"] = normal(i, 4)
+        expected = np.maximum(reference.conv3x3(expected, layer["kernel"], layer["bias"]), 0)
+    np.testing.assert_allclose(block.apply(variables, x, False), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_with_norm_is_convolution_norm_relu():
+    x = normal(0, 2, 5, 6, 3)
+    block = Block(4, convs=1, groups=2, dropout=0.0, dtype=jnp.float32)
+    variables = block.init(jax.random.key(1), x, False)
+    conv, norm = variables["params"]["Conv_0"], variables["params"]["GroupNorm_0"]
+    norm["scale"], norm["bias"] = normal(2, 4), normal(3, 4)
+    y = reference.conv3x3(x, conv["kernel"], conv["bias"])
+    expected = np.maximum(reference.group_norm(y, 2, norm["scale"], norm["bias"]), 0)
+    np.testing.assert_allclose(block.apply(variables, x, False), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_group_norm_equals_the_reference_and_flax_with_its_gradient():
+    x, scale, bias = 3 * normal(0, 2, 6, 5, 12) + 1, normal(1, 12), normal(2, 12)
+    variables = {"params": {"scale": scale, "bias": bias}}
+    ours, flaxs = GroupNorm(4), nn.GroupNorm(4)
+    np.testing.assert_allclose(
+        ours.apply(variables, x), reference.group_norm(x, 4, scale, bias), rtol=1e-4, atol=1e-5
+    )
+
+    def gradient(module):
+        return jax.grad(lambda v, x: jnp.sin(module.apply(v, x)).sum(), argnums=(0, 1))
+
+    with jax.numpy_rank_promotion("allow"):
+        expected = gradient(flaxs)(variables, x)
+    for a, b in zip(*map(jax.tree.leaves, (gradient(ours)(variables, x), expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_upsample_is_the_transposed_convolution():
+    x, layer = normal(0, 2, 3, 4, 5), Upsample(6, jnp.float32)
+    variables = layer.init(jax.random.key(1), x)
+    variables["params"]["bias"] = normal(2, 6)
+    expected = reference.upsample(x, **variables["params"])
+    np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_max_pool_takes_the_largest_of_four():
+    x = np.asarray(normal(0, 2, 4, 6, 3))
+    y = max_pool(jnp.asarray(x))
+    for i in range(2):
+        for j in range(3):
+            window = x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+            np.testing.assert_array_equal(y[:, i, j], window.max((1, 2)))
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    x = jnp.ones((1000, 1000))
+    y = Dropout(0.3).apply({}, x, True, rngs={"dropout": jax.random.key(0)})
+    assert abs(float((y == 0).mean()) - 0.3) < 0.002  # four standard deviations
+    assert abs(float(y.mean()) - 1) < 0.003
+    np.testing.assert_allclose(np.unique(y), [0, 1 / 0.7], rtol=1e-4)
+    assert (Dropout(0.3).apply({}, x, False) == x).all()
+
+
+def test_dropout_stands_before_the_last_convolution_and_only_in_training():
+    x = normal(0, 1, 8, 8, 3)
+    block = Block(4, convs=3, groups=None, dropout=0.5, dtype=jnp.float32)
+    variables = block.init(jax.random.key(1), x, False)
+
+    def run(train):
+        out, seen = block.apply(
+            variables, x, train, rngs={"dropout": jax.random.key(2)}, capture_intermediates=True
+        )
+        return out, seen["intermediates"]
+
+    (quiet, still), (noisy, moved) = run(False), run(True)
+    assert (still["Conv_1"]["__call__"][0] == moved["Conv_1"]["__call__"][0]).all()
+    assert not (still["Conv_2"]["__call__"][0] == moved["Conv_2"]["__call__"][0]).all()
+    assert not (quiet == noisy).all()
+
+
+def test_jit_equals_eager():
+    x = jax.nn.sigmoid(normal(0, 2, 8, 12, 3))
+    variables = SMALL.init(jax.random.key(1), x)
+    np.testing.assert_allclose(
+        jax.jit(SMALL.apply)(variables, x), SMALL.apply(variables, x), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_and_logits_are_float32_whatever_the_computation(dtype):
+    model = SMALL.clone(dtype=jnp.dtype(dtype), num_classes=2)
+    x = jax.nn.sigmoid(normal(0, 2, 8, 12, 3))
+    variables = model.init(jax.random.key(1), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    logits = model.apply(variables, x)
+    assert (logits.dtype, logits.shape) == (jnp.float32, (2, 8, 12, 2))
+    exact = model.clone(dtype=jnp.float32).apply(variables, x)
+    # bfloat16 keeps 8 bits: an error of 2^-9 a rounding, through the 20 layers of this network
+    bound = 0 if dtype == "float32" else 2**-9 * 20 * float(jnp.abs(exact).max())
+    assert float(jnp.abs(logits - exact).max()) <= bound
+
+
+def test_one_image_does_not_see_another():
+    x = jax.nn.sigmoid(normal(0, 3, 8, 8, 3))
+    variables = SMALL.init(jax.random.key(1), x)
+    np.testing.assert_allclose(
+        SMALL.apply(variables, x)[1:2], SMALL.apply(variables, x[1:2]), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "words"),
+    [
+        (SMALL, (1, 10, 8, 3), "multiples of 4"),
+        (SMALL, (8, 8, 3), r"\[B, H, W, C\]"),
+        (SMALL.clone(groups=3), (1, 8, 8, 3), "3 groups"),
+        (SMALL.clone(dropout=(0.1, 0.1)), (1, 8, 8, 3), "2 rates for 3 levels"),
+    ],
+)
+def test_what_does_not_fit_is_named(model, shape, words):
+    with pytest.raises(ValueError, match=words):
+        model.init(jax.random.key(0), jnp.zeros(shape))

@@ -1,0 +1,195 @@
+"""Drawn polyps: the same from the same seed, well formed, and too hard for their colours alone."""
+
+import io
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from scipy import ndimage
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import tfds_kvasir  # noqa: F401 - registers the dataset
+from tfds_kvasir.masks import boxes, encode_mask
+from tfds_kvasir.synthetic_polyps.draw import draw
+from tfds_kvasir.synthetic_polyps.synthetic_polyps_dataset_builder import SIZES, examples
+
+
+def decode(file: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(file)))
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory):
+    builder = tfds.builder("synthetic_polyps", data_dir=tmp_path_factory.mktemp("data"))
+    builder.download_and_prepare(file_format="array_record")
+    return builder
+
+
+@pytest.fixture(scope="module")
+def stored(builder) -> dict[str, list[dict]]:
+    """{split: examples}, with the files of images and masks as they are."""
+    encoded = {key: tfds.decode.SkipDecoding() for key in ("image", "mask")}
+    return {split: list(builder.as_data_source(split, decoders=encoded)) for split in SIZES}
+
+
+@pytest.fixture(scope="module")
+def masks(stored) -> np.ndarray:
+    return np.stack([decode(e["mask"]) for split in stored.values() for e in split])
+
+
+def test_draw_depends_on_the_generator_alone():
+    image, mask = draw(np.random.default_rng(3), 64)
+    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+    assert mask.shape == (64, 64) and mask.dtype == bool
+    np.random.seed(1)  # no hidden state has a say
+    again, mask_again = draw(np.random.default_rng(3), 64)
+    np.testing.assert_array_equal(again, image)
+    np.testing.assert_array_equal(mask_again, mask)
+
+
+@pytest.mark.parametrize("size", [32, 95, 256])
+def test_draw_any_size(size):
+    image, mask = draw(np.random.default_rng(0), size)
+    assert image.shape == (size, size, 3) and mask.shape == (size, size)
+    assert mask.any() and not mask.all()
+
+
+def test_draw_refuses_what_is_too_small():
+    with pytest.raises(ValueError, match="at least 32, got 31"):
+        draw(np.random.default_rng(0), 31)
+
+
+def test_three_splits(builder, stored):
+    assert {name: split.num_examples for name, split in builder.info.splits.items()} == SIZES
+    assert {name: len(split) for name, split in stored.items()} == SIZES
+    assert SIZES.keys() == {"train", "validation", "test"}
+
+
+def test_same_seed_same_files(stored):
+    # The builder drew them the first time.
+    for again, example in zip(examples("validation", seed=0), stored["validation"], strict=True):
+        assert again["image"] == example["image"]
+        assert again["mask"] == example["mask"]
+        assert again["name"] == example["name"].decode()
+
+
+def test_other_seed_other_pictures(stored):
+    for other, example in zip(examples("validation", seed=1), stored["validation"], strict=True):
+        assert other["image"] != example["image"] and other["mask"] != example["mask"]
+
+
+def test_no_picture_twice(stored):
+    for key in ("image", "mask", "name"):
+        assert len({e[key] for split in stored.values() for e in split}) == sum(SIZES.values())
+
+
+def test_images_are_rgb_jpeg_of_one_size(stored):
+    for example in stored["train"]:
+        image = Image.open(io.BytesIO(example["image"]))
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (128, 128))
+
+
+def test_masks_are_png_of_0_and_1(stored):
+    for example in stored["train"]:
+        mask = Image.open(io.BytesIO(example["mask"]))
+        assert (mask.format, mask.mode, mask.size) == ("PNG", "L", (128, 128))
+        assert set(np.unique(mask)) == {0, 1}
+
+
+def test_masks_have_one_to_three_parts(masks):
+    # Polyps may overlap, so there are at most as many parts as polyps; none is cut in two.
+    parts = [ndimage.label(mask, np.ones((3, 3)))[1] for mask in masks]
+    assert set(parts) == {1, 2, 3}
+
+
+def test_share_of_the_foreground(masks):
+    share = masks.mean((1, 2))
+    assert 0.01 < share.min() < 0.03 and 0.4 < share.max() < 0.7
+    assert 0.10 < share.mean() < 0.20
+    assert np.quantile(share, 0.9) / np.quantile(share, 0.1) > 5
+
+
+def test_boxes_are_those_of_the_parts(stored):
+    for example in stored["test"]:
+        mask = decode(example["mask"]).astype(bool)
+        expected = np.array(sorted(flooded_boxes(mask)), np.float32)
+        np.testing.assert_array_equal(sorted(map(tuple, example["bboxes"])), expected)
+
+
+def flooded_boxes(mask):
+    """Boxes by growing each part from a seed pixel until it stops."""
+    left = mask.copy()
+    height, width = mask.shape
+    while left.any():
+        part = np.zeros_like(mask)
+        part.flat[left.argmax()] = True
+        size = 0
+        while part.sum() > size:
+            size = part.sum()
+            padded = np.pad(part, 1)
+            for dy in range(3):
+                for dx in range(3):
+                    part |= padded[dy : dy + height, dx : dx + width] & mask
+        y, x = part.nonzero()
+        yield y.min() / height, x.min() / width, (y.max() + 1) / height, (x.max() + 1) / width
+        left &= ~part
+
+
+def test_boxes_by_hand():
+    mask = np.zeros((4, 8), bool)
+    mask[0, 1] = mask[1, 2] = True  # one part: they touch at a corner
+    mask[3] = True
+    assert boxes(mask) == [
+        tfds.features.BBox(ymin=0, xmin=1 / 8, ymax=2 / 4, xmax=3 / 8),
+        tfds.features.BBox(ymin=3 / 4, xmin=0, ymax=1, xmax=1),
+    ]
+    assert boxes(np.zeros((4, 8), bool)) == []
+
+
+@pytest.mark.parametrize("mask", [np.zeros((4, 8), np.uint8), np.zeros((4, 8, 1), bool)])
+def test_masks_must_be_bool_of_two_axes(mask):
+    for function in (boxes, encode_mask):
+        with pytest.raises(ValueError, match="must be bool"):
+            function(mask)
+
+
+def test_tfds_decodes_them(builder, stored):
+    decoded = builder.as_data_source("test")[0]
+    np.testing.assert_array_equal(decoded["mask"][..., 0], decode(stored["test"][0]["mask"]))
+    assert decoded["image"].shape == (128, 128, 3) and decoded["image"].dtype == np.uint8
+    assert "drawn by code" in builder.info.description
+
+
+def test_colours_do_not_suffice(stored):
+    """Logistic regression on RGB, near and far, stays under 0.7: a network has something to do."""
+
+    def colours(examples):  # [N, H, W, 9]
+        image = np.stack([decode(e["image"]) for e in examples]) / 255
+        blurred = [ndimage.gaussian_filter(image, sigma, axes=(1, 2)) for sigma in (2, 8)]
+        return np.concatenate([image, *blurred], axis=-1)
+
+    def labels(examples):
+        return np.stack([decode(e["mask"]) for e in examples]).astype(bool)
+
+    def dice(mask, label):  # per image and pooled
+        both, all_ = 2 * (mask & label).sum((1, 2)), mask.sum((1, 2)) + label.sum((1, 2))
+        return (both / all_).mean(), both.sum() / all_.sum()
+
+    train, label = colours(stored["train"][:160]), labels(stored["train"][:160])
+    pixels = np.random.default_rng(0).choice(label.size, 50_000, replace=False)
+    classifier = make_pipeline(StandardScaler(), LogisticRegression())
+    classifier.fit(train.reshape(-1, 9)[pixels], label.ravel()[pixels])
+
+    def logits(colour):
+        return classifier.decision_function(colour.reshape(-1, 9)).reshape(colour.shape[:3])
+
+    train_logits, test_logits = logits(train), logits(colours(stored["test"]))
+    assert roc_auc_score(label.ravel()[::16], train_logits.ravel()[::16]) > 0.55  # it has learned
+    thresholds = np.linspace(-4, 1, 21)
+    per_image, pooled = np.argmax([dice(train_logits > t, label) for t in thresholds], axis=0)
+    assert dice(test_logits > thresholds[per_image], labels(stored["test"]))[0] < 0.7
+    assert dice(test_logits > thresholds[pooled], labels(stored["test"]))[1] < 0.7

@@ -1,0 +1,221 @@
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from jax.sharding import AxisType
+
+from flax_unet import augment, losses, train
+from flax_unet.model import ARTICLE, UNet
+
+MODEL = UNet(features=(4, 8), groups=2, dropout=0.2)
+STILL = MODEL.clone(dropout=0.0)
+TX = optax.adam(1e-3, eps=1e-7)
+
+
+def make_batch(n=8, size=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (n, size, size, 3), np.uint8),
+        "mask": rng.integers(0, 2, (n, size, size, 1), np.uint8),
+        "weight": np.ones(n, np.float32),
+    }
+
+
+def make_state(model=MODEL, tx=TX):
+    create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
+    return create(model, tx, jax.random.key(0), (1, 8, 8, 3))
+
+
+def make_step(model=MODEL, tx=TX, **options):
+    return train.make_train_step(model, tx, losses.bce, **options)
+
+
+def assert_close(a, b, **tolerance):
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+def test_the_state_is_arrays_of_fixed_types_and_shapes():
+    abstract = jax.eval_shape(
+        partial(train.create_train_state, MODEL, TX, image_shape=(1, 8, 8, 3)), jax.random.key(0)
+    )
+    state = make_state()
+    assert state.step.dtype == jnp.int32 and state.model_state == {}
+    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
+    assert shapes == [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(abstract)]
+    after, _ = make_step()(state, make_batch(), jax.random.key(1))
+    assert shapes == [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)]
+    assert int(after.step) == 1
+
+
+def test_steps_are_adam_on_the_gradient_of_the_mean_loss():
+    batch, key = make_batch(), jax.random.key(1)
+    image, mask = batch["image"] / np.float32(255), batch["mask"].astype(np.float32)
+
+    def loss(params):
+        return losses.bce(STILL.apply({"params": params}, image), mask).mean()
+
+    state, step = make_state(STILL), make_step(STILL)
+    start, gradients = jax.device_get(state.params), []
+    for _ in range(3):
+        value, gradient = jax.jit(jax.value_and_grad(loss))(state.params)
+        gradients.append(gradient)
+        state, figures = step(state, batch, key)
+        np.testing.assert_allclose(figures["loss"], value, rtol=1e-6)
+    for before, after, *history in zip(
+        *map(jax.tree.leaves, (start, state.params, *gradients)), strict=True
+    ):
+        expected = before + reference.adam([np.asarray(g) for g in history])
+        np.testing.assert_allclose(after, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_jit_equals_eager():
+    batch, key = make_batch(2), jax.random.key(1)
+    eager, figures = train.train_step(
+        make_state(), batch, key, model=MODEL, tx=TX, loss_fn=losses.bce
+    )
+    jitted, same = make_step()(make_state(), batch, key)
+    assert_close((eager.params, figures), (jitted.params, same), rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_weight_zero_change_nothing():
+    small, large = make_batch(3), make_batch(3)
+    other = make_batch(5, seed=9)
+    large = {k: np.concatenate([large[k], other[k]]) for k in large}
+    large["weight"][3:] = 0
+    key, step = jax.random.key(1), make_step(STILL)
+    a, figures = step(make_state(STILL), small, key)
+    b, filled = step(make_state(STILL), large, key)
+    assert_close(a.params, b.params, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(figures["loss"], filled["loss"], rtol=1e-5)
+    np.testing.assert_allclose(figures["iou_coef"], filled["iou_coef"], rtol=1e-5)
+    assert_close(figures["confusion"], [count[:3] for count in filled["confusion"]])
+
+
+def test_randomness_follows_the_step_and_the_key():
+    batch = make_batch()
+    frozen = optax.sgd(0.0)  # the parameters stay, so only the randomness can move the loss
+    step, run = make_step(tx=frozen), []
+    state = make_state(tx=frozen)
+    for _ in range(2):
+        state, figures = step(state, batch, jax.random.key(1))
+        run.append(float(figures["loss"]))
+    again, figures = step(make_state(tx=frozen), batch, jax.random.key(1))
+    resumed, later = step(again, batch, jax.random.key(1))
+    assert [float(figures["loss"]), float(later["loss"])] == run
+    assert run[0] != run[1]
+    _, other = step(make_state(tx=frozen), batch, jax.random.key(2))
+    assert float(other["loss"]) != run[0]
+
+
+def test_the_augmentation_is_applied_to_image_and_mask():
+    def blank(key, image, mask):
+        return jnp.zeros_like(image), jnp.ones_like(mask)
+
+    batch = make_batch()
+    plain = {"image": np.zeros_like(batch["image"]), "mask": np.ones_like(batch["mask"])}
+    key = jax.random.key(1)
+    _, expected = make_step(STILL)(make_state(STILL), batch | plain, key)
+    _, figures = make_step(STILL, augment=blank)(make_state(STILL), batch, key)
+    np.testing.assert_allclose(figures["loss"], expected["loss"], rtol=1e-6)
+
+
+def test_four_devices_are_as_good_as_one():
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
+    key, batches = jax.random.key(1), [make_batch(seed=s) for s in range(3)]
+    results = []
+    for options in ({}, {"mesh": mesh}):
+        state, step = make_state(), make_step(augment=augment.random_flips, **options)
+        for batch in batches:
+            state, figures = step(state, batch, key)
+        results.append((jax.device_get(state.params), jax.device_get(figures)))
+    assert len(state.step.sharding.device_set) == 4
+    assert_close(*results, rtol=1e-4, atol=1e-5)
+    evaluate = train.make_eval_step(MODEL, losses.bce, mesh=mesh)
+    alone = train.make_eval_step(MODEL, losses.bce)
+    variables = {"params": results[0][0]}
+    assert_close(evaluate(variables, batches[0]), alone(variables, batches[0]), rtol=1e-5)
+
+
+def test_a_whole_run_is_traced_once():
+    traces = []
+
+    def loss(logits, labels):
+        traces.append(logits.shape)
+        return losses.bce(logits, labels)
+
+    step = train.make_train_step(MODEL, TX, loss)
+    state = make_state()
+    for seed in range(4):
+        state, _ = step(state, make_batch(seed=seed), jax.random.key(1))
+    assert len(traces) == 1
+
+
+def test_the_state_is_donated():
+    state = make_state()
+    after, _ = make_step()(state, make_batch(), jax.random.key(1))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+def test_batch_statistics_would_travel_in_the_state():
+    import flax.linen as nn
+
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nn.Conv(1, (1, 1))(x)
+            seen = self.variable("batch_stats", "mean", lambda: jnp.zeros(()))
+            if train:
+                seen.value = 0.5 * seen.value + 0.5 * x.mean()
+            return x - seen.value[None, None, None, None]
+
+    state = make_state(Normed())
+    after, _ = make_step(Normed())(state, make_batch(), jax.random.key(1))
+    assert float(after.model_state["batch_stats"]["mean"]) != 0
+    assert set(after.variables) == {"params", "batch_stats"}
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_step_lowers_for_accelerators(platform, dtype):
+    model = ARTICLE.clone(groups=8, dtype=jnp.dtype(dtype))
+    create = partial(train.create_train_state, model, TX, image_shape=(1, 32, 32, 3))
+    state = jax.eval_shape(create, jax.random.key(0))
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, make_batch(8, 256)))
+    step = make_step(model, augment=augment.random_flips)
+    text = step.trace(state, batch, jax.eval_shape(lambda: jax.random.key(0))).lower(
+        lowering_platforms=(platform,)
+    )
+    assert "stablehlo.convolution" in text.as_text()
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((1, 8, 8, 3), np.int32), np.zeros((1, 8, 8, 3), np.uint16)]
+)
+def test_an_image_of_another_type_is_refused(image):
+    batch = make_batch(1) | {"image": image}
+    with pytest.raises(ValueError, match="uint8 in 0..255"):
+        make_step()(make_state(), batch, jax.random.key(1))
+
+
+def test_uint8_and_float_images_are_the_same():
+    batch = make_batch()
+    as_float = batch | {"image": batch["image"] / np.float32(255)}
+    _, a = make_step(STILL)(make_state(STILL), batch, jax.random.key(1))
+    _, b = make_step(STILL)(make_state(STILL), as_float, jax.random.key(1))
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
+
+
+def test_the_library_needs_no_tensorflow_tfds_or_orbax_to_be_imported():
+    program = (
+        "import sys, flax_unet, flax_unet.model, flax_unet.train, flax_unet.predict\n"
+        "print({'tensorflow', 'tensorflow_datasets', 'orbax'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "set()\n"

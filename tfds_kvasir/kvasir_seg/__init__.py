@@ -1,0 +1,1 @@
+"""The Kvasir-SEG dataset in TFDS' own folder form."""

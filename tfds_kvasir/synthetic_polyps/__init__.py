@@ -1,0 +1,1 @@
+"""Drawn polyps in TFDS' own folder form."""

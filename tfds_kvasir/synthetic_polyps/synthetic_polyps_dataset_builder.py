@@ -1,0 +1,73 @@
+"""Polyps drawn by code, with the features of Kvasir-SEG and without a download."""
+
+import importlib.util
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from tfds_kvasir.masks import boxes, encode_mask
+from tfds_kvasir.synthetic_polyps.draw import draw
+
+SEED = 0
+SIZES = {"train": 320, "validation": 40, "test": 80}
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    """Drawn polyps; README.md beside this file says what is in it."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "440 pictures of 128x128 from seed 0."}
+
+    def __init__(self, *, file_format: str | tfds.core.FileFormat | None = None, **kwargs):
+        """Args beyond TFDS' own:
+
+        file_format: of the dataset to prepare; by default TFDS' own, which is tfrecord, or
+            array_record where TensorFlow is missing.
+        """
+        super().__init__(file_format=file_format, **kwargs)
+        no_tensorflow = importlib.util.find_spec("tensorflow") is None
+        if file_format is None and no_tensorflow and not self.data_path.exists():
+            self.info.set_file_format("array_record", override=True)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(encoding_format="jpeg"),
+                    "mask": tfds.features.Image(
+                        shape=(None, None, 1), encoding_format="png", use_colormap=True
+                    ),
+                    "name": tfds.features.Text(),
+                    "bboxes": tfds.features.Sequence(tfds.features.BBoxFeature()),
+                }
+            ),
+            supervised_keys=("image", "mask"),
+            license="Apache-2.0",
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        return {split: enumerate(examples(split, SEED)) for split in SIZES}
+
+    def _generate_examples(self):
+        raise NotImplementedError("_split_generators has the examples")
+
+
+def examples(split: str, seed: int) -> Iterator[dict]:
+    """Draw the examples of "train", "validation" or "test", as TFDS takes them: files as bytes.
+
+    Every picture has a stream of random numbers of its own, from (seed, split, index).
+    """
+    for index in range(SIZES[split]):
+        image, mask = draw(np.random.default_rng((seed, list(SIZES).index(split), index)))
+        jpeg = io.BytesIO()
+        Image.fromarray(image).save(jpeg, format="JPEG", quality=95)
+        yield {
+            "image": jpeg.getvalue(),
+            "mask": encode_mask(mask),
+            "name": f"{split}_{index:03}",
+            "bboxes": boxes(mask),
+        }
