@@ -78,13 +78,13 @@ def summary(records: list[dict[str, Any]]) -> dict[str, float]:
 def run(config: Config) -> None:
     """Train to the last epoch; raise Stopped once a signal came and the state is saved."""
     workdir = config.workdir
-    (workdir / "samples").mkdir(parents=True, exist_ok=True)
+    model, tx, loss_fn, augment = make_recipe(config)
     arrays = {split: load_split(config, split) for split in ("train", "validation")}
+    (workdir / "samples").mkdir(parents=True, exist_ok=True)
     check_workdir(config, {split: a.fingerprint for split, a in arrays.items()})
     n, size = len(arrays["train"].image), config.batch_size
     steps_per_epoch = -(-n // size)
 
-    model, tx, loss_fn, augment = make_recipe(config)
     init_key, key = jax.random.split(jax.random.key(config.seed))
     checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints")
     records: list[dict[str, Any]] = []

@@ -38,7 +38,6 @@ def open_checkpoints(
         preservation_policy=policy,
         cleanup_tmp_directories=not read_only,
         create=not read_only,
-        read_only=read_only,
     )
     return ocp.CheckpointManager(
         Path(folder).expanduser().absolute(), item_names=("state", "progress"), options=options

@@ -174,7 +174,7 @@ def load(
         key = f"{content[:32]}-{height}x{width}-pillow{PIL.__version__}"
         file = Path(cache).expanduser() / f"{key}.npz"
         try:
-            with np.load(file) as stored:
+            with file.open("rb") as stream, np.load(stream) as stored:
                 return Arrays(stored["image"], stored["mask"], stored["name"].tolist(), content)
         except (OSError, ValueError, zipfile.BadZipFile):
             pass  # not there, or damaged: it is made (anew)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 
 from flax_unet.losses import same_shape
 
@@ -143,7 +142,9 @@ def summary(
 
 def bootstrap_interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of the mean of [N] values: percentiles of the means of 10,000 resamples."""
-    result = scipy.stats.bootstrap(
+    from scipy.stats import bootstrap  # as slow to import as JAX, and only wanted here
+
+    result = bootstrap(
         (values,),
         np.mean,
         n_resamples=10_000,

@@ -4,8 +4,6 @@ Ronneberger, Fischer, Brox: "U-Net: Convolutional Networks for Biomedical Image 
 MICCAI 2015.
 """
 
-from collections.abc import Sequence
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -123,11 +121,11 @@ class UNet(nn.Module):
         dtype: type of the computation; parameters and logits are float32.
     """
 
-    features: Sequence[int] = (16, 32, 64, 128, 256, 512)
+    features: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     num_classes: int = 1
     convs: int = 3
     groups: int | None = 8
-    dropout: float | Sequence[float] = 0.0
+    dropout: float | tuple[float, ...] = 0.0
     dtype: DTypeLike = jnp.float32
 
     @property
@@ -150,14 +148,14 @@ class UNet(nn.Module):
             ValueError: H or W is no multiple of `stride`, or the attributes do not fit together.
         """
         levels = len(self.features)
-        rates = [self.dropout] * levels if isinstance(self.dropout, (int, float)) else self.dropout
+        rates = self.dropout if isinstance(self.dropout, tuple) else (self.dropout,) * levels
         if len(rates) != levels:
             raise ValueError(
                 f"dropout has {len(rates)} rates for {levels} levels: give one a level"
             )
         if self.groups is not None and any(f % self.groups for f in self.features):
             raise ValueError(
-                f"features {tuple(self.features)} cannot be split into {self.groups} groups: "
+                f"features {self.features} cannot be split into {self.groups} groups: "
                 "choose multiples, or groups=None"
             )
         if image.ndim != 4 or image.shape[1] % self.stride or image.shape[2] % self.stride:

@@ -1,0 +1,305 @@
+"""The three programs, run as a user runs them, on a small drawn data set."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import predict
+import pytest
+import train
+from PIL import Image
+from recipes import restore_run
+
+PROGRAMS = Path(__file__).parent.parent / "experiments"
+EPOCHS = 20
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Sixty pictures of a disc on a noisy ground."""
+    root = tmp_path_factory.mktemp("discs")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32]
+    for part in ("images", "masks"):
+        (root / part).mkdir()
+    for i in range(60):
+        r, (cy, cx) = rng.uniform(4, 9), rng.uniform(8, 24, 2)
+        disc = (y - cy) ** 2 + (x - cx) ** 2 < r * r
+        image = rng.normal(90, 25, (32, 32, 3)) + 80 * disc[..., None]
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / f"images/{i:02d}.png")
+        Image.fromarray(disc.astype(np.uint8) * 255).save(root / f"masks/{i:02d}.png")
+    return root
+
+
+def arguments(folders, workdir, **changes):
+    settings = {
+        "workdir": workdir,
+        "dataset": "folder",
+        "images": folders / "images",
+        "masks": folders / "masks",
+        "image-size": 32,
+        "epochs": EPOCHS,
+    } | {key.replace("_", "-"): value for key, value in changes.items()}
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    return [*words, "--features", "8", "16"]
+
+
+def environment(folders):
+    # A restarted program finds what the first one compiled.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folders / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XDG_CACHE_HOME": str(folders / "cache"),
+    }
+    return os.environ | cache
+
+
+def start(folders, workdir, **changes):
+    command = [sys.executable, PROGRAMS / "train.py", *arguments(folders, workdir, **changes)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment(folders), **pipes)
+
+
+def finish(process, code=0):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def lines(workdir):
+    """metrics.jsonl without what a clock wrote."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if "second" not in k} for x in found]
+
+
+def parameters(workdir):
+    _, _, variables, step = restore_run(workdir, "latest")
+    import jax
+
+    return step, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(variables)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folders, tmp_path_factory):
+    """A run that nothing interrupted, and how long its start and the rest took."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    finish(start(folders, tmp_path_factory.mktemp("warm-up"), epochs=1))
+    began = time.monotonic()
+    process = start(folders, workdir)
+    wait_until(lambda: written(workdir), process)
+    first = time.monotonic() - began
+    finish(process)
+    return workdir, first, time.monotonic() - began - first
+
+
+def test_a_run_explains_itself(undisturbed):
+    workdir, *_ = undisturbed
+    kept = {path.name for path in workdir.iterdir()}
+    assert kept >= {"config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png"}
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["config"]["features"] == [8, 16] and config["config"]["recipe"] == "unet"
+    assert set(config["data"]) == {"train", "validation"} and "jax" in config["versions"]
+    history = lines(workdir)
+    assert [line["epoch"] for line in history] == list(range(1, EPOCHS + 1))
+    article = {"loss", "accuracy", "iou_coef"}
+    ours = {"dice_per_image", "iou_per_image"}
+    assert set(history[0]) >= {p + k for p in ("", "val_") for k in article | ours}
+    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    assert Image.open(workdir / f"samples/epoch-{EPOCHS:04d}.png").size[0] == 3 * 32
+
+
+def written(workdir):
+    """The lines of metrics.jsonl that are whole."""
+    file = workdir / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def half_saved(workdir):
+    return {path.name for path in (workdir / "checkpoints").glob("*tmp*")}
+
+
+def wait_until(happened, process):
+    while not happened():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.0005)
+
+
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(folders, undisturbed, tmp_path):
+    straight, first, rest = undisturbed
+    workdir, rng = tmp_path / "killed", random.Random(0)
+    (workdir / "demo").mkdir(parents=True)  # another run inside of this one's folder
+    (workdir / "demo" / "notes.txt").write_text("mine")
+    moments = ["saving"] * 3 + ["starting"] * 3 + ["training"] * 5
+    for moment in rng.sample(moments, len(moments)):
+        before, stale = written(workdir), half_saved(workdir)
+        process = start(folders, workdir)
+        if moment == "saving":
+            wait_until(lambda stale=stale: half_saved(workdir) - stale, process)
+        elif moment == "training":
+            wait_until(lambda before=before: written(workdir) > before, process)
+            time.sleep(rng.uniform(0, 1.5 * rest / EPOCHS))
+        else:
+            time.sleep(rng.uniform(0, first))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    assert 0 < written(workdir) < EPOCHS
+    finish(start(folders, workdir))
+    assert parameters(workdir) == parameters(straight)
+    assert lines(workdir) == lines(straight)
+    assert (workdir / "demo" / "notes.txt").read_text() == "mine"
+
+
+def test_signals_save_in_the_middle_of_an_epoch(folders, undisturbed, tmp_path):
+    straight, *_ = undisturbed
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = written(tmp_path)
+        process = start(folders, tmp_path)
+        wait_until(lambda before=before: written(tmp_path) > before, process)
+        process.send_signal(number)
+        output = finish(process, 128 + number)
+        assert f"{number.name}: the state is saved" in output and "Traceback" not in output
+    assert "going on after step" in finish(start(folders, tmp_path))
+    assert parameters(tmp_path) == parameters(straight)
+    assert lines(tmp_path) == lines(straight)
+
+
+@pytest.fixture
+def short(folders, tmp_path, monkeypatch):
+    """A run of one epoch in this very process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folders / "cache"))
+    assert train.main(arguments(folders, tmp_path / "run", epochs=1)) == 0
+    return tmp_path / "run"
+
+
+def test_what_changes_the_result_is_refused_and_more_epochs_are_welcome(folders, short, capsys):
+    before = (short / "config.json").read_text()
+    assert train.main(arguments(folders, short, learning_rate=0.5, seed=3)) == 1
+    error = capsys.readouterr().err
+    assert "learning_rate: 0.001 -> 0.5" in error and "seed: 0 -> 3" in error
+    assert "recipe" not in error
+    assert (short / "config.json").read_text() == before
+    assert train.main(arguments(folders, short, epochs=2)) == 0
+    assert [line["epoch"] for line in lines(short)] == [1, 2]
+
+
+def test_other_data_is_refused_and_other_versions_are_warned_of(folders, short, tmp_path, capsys):
+    other = tmp_path / "other"
+    for part in ("images", "masks"):
+        (other / part).mkdir(parents=True)
+        for file in (folders / part).iterdir():
+            if file.stem != "07":
+                (other / part / file.name).write_bytes(file.read_bytes())
+    assert train.main(arguments(other, short, epochs=2)) == 1
+    assert "holds a run with other settings (train: " in capsys.readouterr().err
+    config = json.loads((short / "config.json").read_text())
+    config["versions"]["jax"] = "0.0.1"
+    (short / "config.json").write_text(json.dumps(config))
+    assert train.main(arguments(folders, short, epochs=1)) == 0
+    assert "0.0.1" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folders, tmp_path, capsys):
+    assert train.main(arguments(folders, tmp_path, learning_rate=1e38)) == 1
+    assert "the loss of step 2 (epoch 1) is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_size": 33}, "image_size 33 is no multiple of 2"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"images": "/nowhere"}, "/nowhere is not a folder"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named_and_leaves_nothing(
+    folders, tmp_path, capsys, changes, words
+):
+    assert train.main(arguments(folders, tmp_path / "run", **changes)) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_needs_the_workdir_alone(undisturbed, capsys):
+    workdir, *_ = undisturbed
+    assert evaluate.main(["--workdir", str(workdir)]) == 0
+    report = json.loads((workdir / "evaluation-test.json").read_text())
+    low, high = report["dice_per_image_interval"]
+    assert 0.5 < low < report["dice_per_image"] < high <= 1
+    assert f"{report['dice_per_image']:.4f}" in capsys.readouterr().out
+    assert report["split"] == "test" and report["checkpoint"] == "best"
+    assert set(report) >= {
+        *("iou_per_image", "dice_pooled", "iou_pooled", "precision_pooled", "recall_pooled"),
+        *("accuracy", "n_images", "iou_per_image_interval", "protocol", "step"),
+    }
+    assert Image.open(workdir / "evaluation-test.png").size == (3 * 32, 3 * 32)
+    assert evaluate.main(["--workdir", str(workdir), "--split", "validation"]) == 0
+    assert json.loads((workdir / "evaluation-validation-latest.json").read_text())["n_images"] > 0
+    # the figures of training, computed anew
+    validation = lines(workdir)[-1]["val_dice_per_image"]
+    again = json.loads((workdir / "evaluation-validation-latest.json").read_text())
+    assert again["dice_per_image"] == pytest.approx(validation, abs=1e-6)
+
+
+def test_evaluation_of_other_folders_takes_all_of_them(folders, undisturbed):
+    workdir, *_ = undisturbed
+    others = ["--images", str(folders / "images"), "--masks", str(folders / "masks")]
+    assert evaluate.main(["--workdir", str(workdir), *others]) == 0
+    assert json.loads((workdir / "evaluation-images.json").read_text())["n_images"] == 60
+
+
+def test_evaluation_without_a_run_is_an_error(tmp_path, capsys):
+    assert evaluate.main(["--workdir", str(tmp_path)]) == 1
+    assert "there is no run in this workdir" in capsys.readouterr().err
+
+
+def test_prediction_of_files_of_any_mode_and_size(undisturbed, tmp_path, capsys):
+    workdir, *_ = undisturbed
+    rng = np.random.default_rng(0)
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    colour = Image.fromarray(rng.integers(0, 256, (45, 70, 3), np.uint8))
+    for mode in ("L", "RGBA", "P", "CMYK"):
+        colour.convert(mode).save(inputs / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}")
+    Image.fromarray(rng.integers(0, 65536, (45, 70), np.uint16)).save(inputs / "sixteen.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    colour.save(inputs / "turned.jpg", exif=turned)
+    (inputs / "broken.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    command = ["--workdir", str(workdir), "--out", str(out), str(inputs)]
+    assert predict.main(command) == 1
+    captured = capsys.readouterr()
+    assert "broken.png: not a picture" in captured.err and "6 of 7 pictures" in captured.out
+    (inputs / "broken.png").unlink()
+    assert predict.main(command) == 0
+    for name in ("L", "RGBA", "P", "CMYK", "sixteen", "turned"):
+        size = (45, 70) if name == "turned" else (70, 45)
+        mask = Image.open(out / f"{name}-mask.png")
+        assert mask.size == size and set(np.unique(mask.convert("L"))) <= {0, 255}
+        assert Image.open(out / f"{name}-overlay.png").size == size
+
+
+def test_prediction_finds_the_disc(folders, undisturbed, tmp_path):
+    workdir, *_ = undisturbed
+    file = folders / "images" / "07.png"
+    assert predict.main(["--workdir", str(workdir), "--out", str(tmp_path), str(file)]) == 0
+    found = np.asarray(Image.open(tmp_path / "07-mask.png")) > 0
+    truth = np.asarray(Image.open(folders / "masks" / "07.png")) > 0
+    assert (found & truth).sum() / (found | truth).sum() > 0.5
+
+
+def test_two_pictures_with_one_name_are_refused(undisturbed, tmp_path, capsys):
+    workdir, *_ = undisturbed
+    for suffix in ("png", "jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"a.{suffix}")
+    out = tmp_path / "out"
+    assert predict.main(["--workdir", str(workdir), "--out", str(out), str(tmp_path)]) == 1
+    assert "would both be a-mask.png" in capsys.readouterr().err and not out.exists()
