@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python experiments/train.py --workdir runs/demo --dataset synthetic_polyps \
-	  --image-size 64 --epochs 12 --data-dir runs/demo/data
+	  --image-size 64 --features 16 32 64 128 --epochs 12 --data-dir runs/demo/data
 	$(BIN)/python experiments/evaluate.py --workdir runs/demo
 	@echo "Look at runs/demo/evaluation-test.png, runs/demo/curves.png and runs/demo/samples/"
 

@@ -5,6 +5,7 @@ Most tests read a drawn zip; those on the real one need its path in KVASIR_SEG_Z
 
 import functools
 import http.server
+import importlib.util
 import io
 import os
 import subprocess
@@ -406,13 +407,13 @@ assert "tensorflow" not in sys.modules
 
 def test_the_format_is_array_record_where_tensorflow_is_missing(dummy, tmp_path, monkeypatch):
     archive, data_dir = dummy
-    find_spec = kvasir_seg.importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     missing: dict[str, object] = {"tensorflow": None}
 
     def only(name, *args):
         return missing[name] if name in missing else find_spec(name, *args)
 
-    monkeypatch.setattr(kvasir_seg.importlib.util, "find_spec", only)
+    monkeypatch.setattr(importlib.util, "find_spec", only)
     builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=tmp_path)
     assert builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
     builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=tmp_path, file_format="tfrecord")

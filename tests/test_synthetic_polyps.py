@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import tfds_kvasir  # noqa: F401 - registers the dataset
-from tfds_kvasir.masks import boxes, encode_mask
+from tfds_kvasir.examples import boxes, encode_mask
 from tfds_kvasir.synthetic_polyps.draw import draw
 from tfds_kvasir.synthetic_polyps.synthetic_polyps_dataset_builder import SIZES, examples
 

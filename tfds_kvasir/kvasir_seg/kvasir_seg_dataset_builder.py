@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
 import os
@@ -15,7 +14,7 @@ import requests
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tfds_kvasir.masks import boxes, encode_mask
+from tfds_kvasir.examples import boxes, default_format, encode_mask, features
 
 URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
 THRESHOLD = 127  # JPEG left no grey of any mask in 11..244
@@ -78,22 +77,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         """
         super().__init__(file_format=file_format, **kwargs)
         self._kvasir_zip = kvasir_zip
-        no_tensorflow = importlib.util.find_spec("tensorflow") is None
-        if file_format is None and no_tensorflow and not self.data_path.exists():
-            self.info.set_file_format("array_record", override=True)
+        if file_format is None:
+            default_format(self)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(encoding_format="jpeg"),
-                    "mask": tfds.features.Image(
-                        shape=(None, None, 1), encoding_format="png", use_colormap=True
-                    ),
-                    "name": tfds.features.Text(),
-                    "bboxes": tfds.features.Sequence(tfds.features.BBoxFeature()),
-                }
-            ),
+            features=features(),
             supervised_keys=("image", "mask"),
             homepage="https://datasets.simula.no/kvasir-seg/",
             license="Research and education only; commercial use needs prior written permission.",

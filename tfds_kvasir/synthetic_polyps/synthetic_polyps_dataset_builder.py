@@ -1,6 +1,5 @@
 """Polyps drawn by code, with the features of Kvasir-SEG and without a download."""
 
-import importlib.util
 import io
 from collections.abc import Iterator
 
@@ -8,7 +7,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tfds_kvasir.masks import boxes, encode_mask
+from tfds_kvasir.examples import boxes, default_format, encode_mask, features
 from tfds_kvasir.synthetic_polyps.draw import draw
 
 SEED = 0
@@ -28,22 +27,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             array_record where TensorFlow is missing.
         """
         super().__init__(file_format=file_format, **kwargs)
-        no_tensorflow = importlib.util.find_spec("tensorflow") is None
-        if file_format is None and no_tensorflow and not self.data_path.exists():
-            self.info.set_file_format("array_record", override=True)
+        if file_format is None:
+            default_format(self)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(encoding_format="jpeg"),
-                    "mask": tfds.features.Image(
-                        shape=(None, None, 1), encoding_format="png", use_colormap=True
-                    ),
-                    "name": tfds.features.Text(),
-                    "bboxes": tfds.features.Sequence(tfds.features.BBoxFeature()),
-                }
-            ),
+            features=features(),
             supervised_keys=("image", "mask"),
             license="Apache-2.0",
             disable_shuffling=True,

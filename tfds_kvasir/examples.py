@@ -1,11 +1,35 @@
-"""What both datasets do with a mask: store it losslessly and derive its boxes."""
+"""What both datasets share: their features, and what becomes of a mask."""
 
+import importlib.util
 import io
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from scipy import ndimage
+
+
+def features() -> tfds.features.FeaturesDict:
+    """An image, its mask of 0 and 1, its name, and the boxes of the mask's parts."""
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "mask": tfds.features.Image(
+                shape=(None, None, 1), encoding_format="png", use_colormap=True
+            ),
+            "name": tfds.features.Text(),
+            "bboxes": tfds.features.Sequence(tfds.features.BBoxFeature()),
+        }
+    )
+
+
+def default_format(builder: tfds.core.DatasetBuilder) -> None:
+    """Choose array_record for a dataset not prepared yet where TensorFlow is missing.
+
+    TFDS' own choice is tfrecord, which needs it.
+    """
+    if importlib.util.find_spec("tensorflow") is None and not builder.data_path.exists():
+        builder.info.set_file_format("array_record", override=True)
 
 
 def encode_mask(mask: np.ndarray) -> bytes:
