@@ -11,10 +11,10 @@ demo: .venv/installed
 	@echo "Look at runs/demo/evaluation-test.png, runs/demo/curves.png and runs/demo/samples/"
 
 test: .venv/installed-dev
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: .venv/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # The ends of the version window, each in an environment of its own; see the script.
 test-versions:

@@ -4,14 +4,22 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import tyro
-from recipes import Config, load_split, restore_run, write_atomically
+from recipes import (
+    Config,
+    absolute,
+    draw_panels,
+    load_split,
+    make_recipe,
+    open_sources,
+    restore_run,
+    write_atomically,
+)
 
-from flax_unet import data, draw, metrics, predict
-from flax_unet.model import UNet
+from flax_unet import data, metrics, predict
 
 
 @dataclass(frozen=True)
@@ -35,36 +43,32 @@ class Options:
 
 
 def load_arrays(options: Options, config: Config) -> tuple[data.Arrays, str, str]:
-    """The pictures to score, and what they are: the file name's part and the protocol."""
+    """The pictures to score, what the report is named for, and the protocol."""
     if (options.images is None) != (options.masks is None):
         raise data.DataError("--images and --masks go together")
     if options.images is not None and options.masks is not None:
         source = data.FolderSource(options.images, options.masks)
-        return data.load(source, config.image_size), options.images.resolve().name, "folder"
+        what = f"folder-{options.images.parent.name}-{options.images.name}"
+        return data.load(source, config.image_size), what, "folder"
     given = {k: v for k in ("kvasir_zip", "data_dir") if (v := getattr(options, k)) is not None}
+    config = replace(config, **given)
     protocol = config.protocol if config.dataset == "kvasir_seg" else config.dataset
-    return load_split(replace(config, **given), options.split), options.split, protocol
-
-
-def draw_sheet(
-    file: Path, model: UNet, variables: Any, arrays: data.Arrays, dice: np.ndarray
-) -> list[str]:
-    """Write the panels of the best, the median and the worst prediction; return their names."""
-    order = np.argsort(-dice, kind="stable")
-    chosen = order[[0, len(order) // 2, -1]]
-    proba = np.asarray(predict.predict_proba(model, variables, arrays.image[chosen]))[..., 0]
-    masks = arrays.mask[chosen, ..., 0]
-    draw.save_sheet(file, [draw.panels(*each) for each in zip(arrays.image[chosen], proba, masks)])  # noqa: B905
-    return [f"{arrays.name[i]} (Dice {dice[i]:.3f})" for i in chosen]
+    return load_split(config, open_sources(config), options.split), options.split, protocol
 
 
 def run(options: Options) -> None:
     """Score, print a table, write evaluation-WHAT.json and .png to the workdir."""
     on_validation = options.images is None and options.split == "validation"
     which = options.checkpoint or ("latest" if on_validation else "best")
-    config, model, variables, step = restore_run(options.workdir, which)
+    config, model, variables, step, fingerprints = restore_run(options.workdir, which)
     arrays, what, protocol = load_arrays(options, config)
-    figures, counts = predict.evaluate(model, variables, arrays, batch_size=config.batch_size)
+    figures, counts = predict.evaluate(
+        model,
+        variables,
+        arrays,
+        batch_size=config.batch_size,
+        loss_fn=make_recipe(config).loss_fn,
+    )
     dice, iou = metrics.dice(counts).mean(-1), metrics.iou(counts).mean(-1)
     report = {
         "what": what,
@@ -79,24 +83,30 @@ def run(options: Options) -> None:
         "iou_per_image_interval": metrics.bootstrap_interval(iou),
         "fingerprint": arrays.fingerprint,
     }
-    stem = f"evaluation-{what}" + ("" if which == "best" else f"-{which}")
-    write_atomically(options.workdir / f"{stem}.json", json.dumps(report, indent=2) + "\n")
-    names = draw_sheet(options.workdir / f"{stem}.png", model, variables, arrays, dice)
 
     print(f"{protocol}, {what}: {figures['n_images']} images, {which} checkpoint (step {step})")
     if which == "best" and on_validation:
         print("note: the best checkpoint was chosen on these very images")
+    if options.images is None and fingerprints.get(what) != arrays.fingerprint:
+        print("warning: these are not the pictures that the run had when it began")
     for key in ("dice_per_image", "iou_per_image"):
         low, high = report[f"{key}_interval"]
         print(f"  {key:<18}{figures[key]:.4f}   95 % interval {low:.4f} to {high:.4f}")
     for key in ("dice_pooled", "iou_pooled", "precision_pooled", "recall_pooled", "accuracy"):
         print(f"  {key:<18}{figures[key]:.4f}")
+    order = np.argsort(-dice, kind="stable")
+    chosen = [int(order[i]) for i in (0, len(order) // 2, -1)]
+    names = [f"{arrays.name[i]} (Dice {dice[i]:.3f})" for i in chosen]
     print("  best, median, worst: " + ", ".join(names))
+
+    stem = f"evaluation-{what}" + ("" if which == "best" else f"-{which}")
+    write_atomically(options.workdir / f"{stem}.json", json.dumps(report, indent=2) + "\n")
+    draw_panels(options.workdir / f"{stem}.png", model, variables, arrays, chosen)
     print(f"written: {options.workdir / stem}.json and .png")
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Options, description=__doc__, args=args)
+    options = absolute(tyro.cli(Options, description=__doc__, args=args))
     try:
         run(options)
     except (ValueError, OSError) as error:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import tyro
 from PIL import Image
-from recipes import restore_run
+from recipes import absolute, restore_run
 from tqdm import tqdm
 
 from flax_unet import data, draw, predict
@@ -30,49 +30,47 @@ class Options:
     """Probability above which a pixel is in the mask."""
 
 
-def list_pictures(inputs: tuple[Path, ...]) -> list[Path]:
-    """The files named, and the pictures in the folders named.
+def plan(inputs: tuple[Path, ...], out: Path) -> dict[Path, tuple[Path, Path]]:
+    """{picture: (its mask's file, its overlay's)} of the files and folders named.
 
     Raises:
-        DataError: there are none, or two results would have one name.
+        DataError: there are none, or a result would be written over a picture or another result.
     """
-    files: list[Path] = []
-    for path in inputs:
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        files += [f for f in inside if f.suffix.lower() in data.SUFFIXES] if inside else [path]
+    files = [f for path in inputs for f in (data.list_pictures(path) if path.is_dir() else [path])]
     if not files:
         raise data.DataError("no pictures: give files, or folders that hold some")
-    stems: dict[str, Path] = {}
-    for file in files:
-        if (other := stems.setdefault(file.stem, file)) != file:
-            raise data.DataError(f"{other} and {file} would both be {file.stem}-mask.png")
-    return files
+    results = {f: (out / f"{f.stem}-mask.png", out / f"{f.stem}-overlay.png") for f in files}
+    taken = {file.absolute(): file for file in results}
+    for file, pair in results.items():
+        for result in pair:
+            if (other := taken.setdefault(result.absolute(), file)) != file:
+                raise data.DataError(f"{result}, of {file}, is taken by {other}: use another --out")
+    return results
 
 
 def run(options: Options) -> int:
     """Segment every picture; return how many could not be read."""
-    files = list_pictures(options.inputs)
-    config, model, variables, _ = restore_run(options.workdir, options.checkpoint)
+    results = plan(options.inputs, options.out)
+    config, model, variables, *_ = restore_run(options.workdir, options.checkpoint)
     options.out.mkdir(parents=True, exist_ok=True)
     failures = 0
-    for file in tqdm(files, unit="picture", leave=False, disable=len(files) == 1):
+    for file, (mask_file, overlay_file) in tqdm(results.items(), unit="picture", leave=False):
         try:
-            picture = data.to_rgb(data.open_picture(file, str(file)))
+            picture = data.to_rgb(data.open_picture(file, str(file)), str(file))
         except data.DataError as error:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             failures += 1
             continue
         proba = predict.predict_picture(model, variables, picture, config.image_size)[..., 0]
         mask = proba > options.threshold
-        Image.fromarray(mask).save(options.out / f"{file.stem}-mask.png")
-        overlay = draw.overlay(np.asarray(picture), proba * mask)
-        Image.fromarray(overlay).save(options.out / f"{file.stem}-overlay.png")
-    print(f"{len(files) - failures} of {len(files)} pictures segmented into {options.out}")
+        Image.fromarray(mask * np.uint8(255)).save(mask_file)
+        Image.fromarray(draw.overlay(np.asarray(picture), proba * mask)).save(overlay_file)
+    print(f"{len(results) - failures} of {len(results)} pictures segmented into {options.out}")
     return failures
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Options, description=__doc__, args=args)
+    options = absolute(tyro.cli(Options, description=__doc__, args=args))
     try:
         return min(run(options), 1)
     except (ValueError, OSError) as error:

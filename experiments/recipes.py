@@ -1,24 +1,26 @@
 """What a run is: its configuration, the recipe and data that follow from it, its config.json."""
 
+import contextlib
 import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from flax_unet import augment, checkpoint, data, losses, train
-from flax_unet.model import UNet
+from flax_unet import augment, checkpoint, data, draw, losses, predict, train
+from flax_unet.model import ARTICLE, UNet
 
-#: Fields that say where things are or for how long to go on, not what is computed.
-FREE = ("workdir", "kvasir_zip", "images", "masks", "data_dir", "epochs")
+#: Fields that say where things are, not what is computed; nor does `epochs`.
+PATHS = ("workdir", "kvasir_zip", "images", "masks", "data_dir")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Config:
     features: tuple[int, ...] = UNet.features
     """Channels of each level of the network, the last being the bottleneck's."""
     image_size: int = 256
-    """Height and width to which pictures are resized, a multiple of the network's stride, 32."""
+    """Height and width to which pictures are resized, a multiple of 2 for each level but one."""
     batch_size: int = 8
     """Images a step."""
     epochs: int = 100
@@ -84,13 +86,18 @@ def make_recipe(config: Config) -> Recipe:
     """The recipe that a configuration names.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a setting is out of its range.
     """
     for field in ("image_size", "batch_size", "epochs", "learning_rate"):
         if not getattr(config, field) > 0:
             raise ValueError(f"{field} is {getattr(config, field)}: it must be positive")
-    rates = (0.1, 0.1, 0.2, 0.2, 0.3, 0.3)  # the article's, from the outermost level inwards
-    model = UNet(
+    if config.seed < 0:
+        raise ValueError(f"seed is {config.seed}: it must not be negative")
+    if not 1 <= len(config.features) <= len(UNet.features) or min(config.features) < 1:
+        raise ValueError(f"features is {config.features}: give one to six positive numbers")
+    rates = ARTICLE.dropout
+    assert isinstance(rates, tuple)
+    model = ARTICLE.clone(
         features=config.features,
         groups=None if config.recipe == "article" else 8,
         dropout=rates[: len(config.features)],
@@ -99,17 +106,20 @@ def make_recipe(config: Config) -> Recipe:
     if config.image_size % model.stride:
         raise ValueError(f"image_size {config.image_size} is no multiple of {model.stride}")
     tx = keras_adam(config.learning_rate)
-    if config.recipe == "article":
-        return Recipe(model, tx, losses.bce, None)
-    return Recipe(model, tx, losses.bce, augment.random_flips)
+    return Recipe(
+        model, tx, losses.bce, None if config.recipe == "article" else augment.random_flips
+    )
 
 
 def abstract_state(config: Config) -> train.TrainState:
-    """Shapes and types of the run's state."""
+    """Shapes and types of the run's state.
+
+    Raises:
+        ValueError: as `make_recipe`, or the settings do not fit together.
+    """
     model, tx, *_ = make_recipe(config)
-    create = partial(
-        train.create_train_state, model, tx, image_shape=(1, model.stride, model.stride, 3)
-    )
+    shape = (1, model.stride, model.stride, 3)
+    create = partial(train.create_train_state, model, tx, image_shape=shape)
     return jax.eval_shape(create, jax.random.key(0))
 
 
@@ -132,65 +142,79 @@ def open_sources(config: Config) -> dict[str, Sequence[dict[str, Any]]]:
     )
 
 
-def load_split(config: Config, split: str) -> data.Arrays:
+def load_split(
+    config: Config, sources: dict[str, Sequence[dict[str, Any]]], split: str
+) -> data.Arrays:
     """One split as arrays, from the cache if they were made before.
 
     Raises:
-        ValueError: as `open_sources`, or there is no such split, or it is empty.
+        ValueError: there is no such split, it is empty, or a picture cannot be used.
     """
-    sources = open_sources(config)
     if split not in sources:
         name = f"{config.dataset}/{config.protocol}"
         raise data.DataError(f"{name} has no split {split!r}: choose one of {', '.join(sources)}")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "flax_unet"
+    if not len(sources[split]):
+        total = sum(map(len, sources.values()))
+        raise data.DataError(
+            f"the {split} split of the {total} pictures is empty: the splits are about 80, 10 and "
+            "10 % of them, so add some"
+        )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flax_unet"
     return data.load(sources[split], config.image_size, cache=cache)
 
 
 def to_json(config: Config, fingerprints: dict[str, str]) -> dict[str, Any]:
-    """What config.json holds."""
+    """What config.json holds: `config` and `data` determine the run, the rest is for the record."""
     fields = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     fields["features"] = list(config.features)  # as JSON reads it again
-    packages = (
-        "flax-unet",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "numpy",
-        "pillow",
-    )
+    free = {key: fields.pop(key) for key in (*PATHS, "epochs")}
+    packages = "flax-unet jax jaxlib flax optax orbax-checkpoint numpy pillow".split()
     versions = {"python": platform.python_version()}
     for name in packages:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout, not installed
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-            versions[name] = "not installed"
     device = jax.devices()[0]
     return {
-        "config": {k: v for k, v in fields.items() if k not in FREE},
+        "config": fields,
         "data": fingerprints,
-        "free": {k: v for k, v in fields.items() if k in FREE},
+        "free": free,
         "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
         "versions": versions,
     }
 
 
-def read_config(workdir: Path) -> Config:
-    """The configuration of the run in a workdir.
+def read_json(workdir: Path) -> dict[str, Any]:
+    """The config.json of a run.
 
     Raises:
-        FileNotFoundError: there is no run.
+        FileNotFoundError: there is none.
+        ValueError: it is something else.
     """
     file = workdir / "config.json"
     if not file.is_file():
-        raise checkpoint.CheckpointError(f"{file} is missing: there is no run in this workdir")
-    stored = json.loads(file.read_text())
+        raise FileNotFoundError(f"{file} is missing: there is no run in this workdir")
+    try:
+        stored = json.loads(file.read_text())
+        if {"config", "data", "free", "device", "versions"} <= stored.keys():
+            return stored
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{file} is damaged or not of a run: choose another --workdir")
+
+
+def config_of(stored: dict[str, Any], workdir: Path) -> Config:
+    """The configuration that `to_json` made JSON of.
+
+    Raises:
+        ValueError: its fields are of another version.
+    """
     fields = stored["config"] | stored["free"]
-    paths = ("workdir", "kvasir_zip", "images", "masks", "data_dir")
-    fields["features"] = tuple(fields["features"])
-    fields |= {k: Path(fields[k]) for k in paths if fields[k] is not None}
-    return Config(**fields | {"workdir": workdir})
+    fields |= {key: Path(fields[key]) for key in PATHS if fields.get(key)}
+    fields |= {"workdir": workdir, "features": tuple(fields.get("features", UNet.features))}
+    try:
+        return Config(**fields)
+    except TypeError as error:
+        raise ValueError(f"{workdir}/config.json is of another version: {error}") from error
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -200,15 +224,46 @@ def write_atomically(file: Path, text: str) -> None:
     part.replace(file)
 
 
-def restore_run(
-    workdir: Path, which: Literal["best", "latest"]
-) -> tuple[Config, UNet, dict[str, Any], int]:
-    """The configuration, the model, its variables and their step, of the run in a workdir.
+class Run(NamedTuple):
+    """A trained model and where it comes from."""
+
+    config: Config
+    model: UNet
+    variables: dict[str, Any]
+    step: int
+    fingerprints: dict[str, str]  # of the splits it was trained with
+
+
+def restore_run(workdir: Path, which: Literal["best", "latest"]) -> Run:
+    """The run in a workdir, with its best or its latest variables.
 
     Raises:
-        CheckpointError: there is no run, or it has no checkpoint yet.
+        FileNotFoundError: there is no run, or it has no such checkpoint.
+        ValueError: its config.json cannot be read.
     """
-    config = read_config(workdir)
+    stored = read_json(workdir)
+    config = config_of(stored, workdir)
     with checkpoint.open_checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         state, _ = checkpoint.restore(checkpoints, abstract_state(config), which)
-    return config, make_recipe(config).model, state.variables, int(state.step)
+    model = make_recipe(config).model
+    return Run(config, model, state.variables, int(state.step), stored["data"])
+
+
+T = TypeVar("T")
+
+
+def absolute(options: T) -> T:
+    """The options of a program with its paths made absolute, so that they hold from anywhere."""
+    paths = {k: v.expanduser().absolute() for k, v in vars(options).items() if isinstance(v, Path)}
+    return replace(options, **paths)  # type: ignore[type-var]
+
+
+def draw_panels(
+    file: Path, model: UNet, variables: Any, arrays: data.Arrays, index: Sequence[int]
+) -> None:
+    """Write the panels of some images under each other as a PNG."""
+    index = list(index)
+    images, masks = arrays.image[index], arrays.mask[index, ..., 0]
+    proba = np.asarray(predict.predict_proba(model, variables, images))[..., 0]
+    rows = [draw.panels(*each) for each in zip(images, proba, masks, strict=True)]
+    draw.save_sheet(file, rows)

@@ -1,170 +1,256 @@
 """Train a U-Net: `python experiments/train.py --workdir runs/`; again, to go on with it."""
 
+import contextlib
 import json
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tyro
-from recipes import Config, abstract_state, load_split, make_recipe, to_json, write_atomically
+from recipes import (
+    Config,
+    absolute,
+    abstract_state,
+    draw_panels,
+    load_split,
+    make_recipe,
+    open_sources,
+    read_json,
+    to_json,
+    write_atomically,
+)
 from tqdm import tqdm
 
 from flax_unet import checkpoint, data, draw, metrics, predict, train
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-class Stopped(Exception):
-    """A signal asked the run to end."""
 
-
-def check_workdir(config: Config, fingerprints: dict[str, str]) -> None:
-    """Write config.json, or compare it with the run that the workdir already holds.
+def check_workdir(config: Config, fingerprints: dict[str, str], begun: bool) -> None:
+    """Write config.json, or compare it with that of the run that the workdir already holds.
 
     Raises:
         ValueError: the run there computes something else; the message lists the differences.
     """
-    file, new = config.workdir / "config.json", to_json(config, fingerprints)
-    if file.exists():
-        old = json.loads(file.read_text())
-        for part in ("config", "data"):
-            if changes := differences(old[part], new[part]):
-                raise ValueError(
-                    f"{config.workdir} holds a run with other settings ({changes}): "
-                    "choose another --workdir, or the same settings to go on with it"
-                )
-        if old["free"]["epochs"] > config.epochs:
-            print(f"note: this run was to have {old['free']['epochs']} epochs")
-        for part in ("device", "versions"):
-            if changes := differences({part: old[part]}, {part: new[part]}):
-                print(f"warning: not as it was when the run began: {changes}")
-    write_atomically(file, json.dumps(new, indent=2) + "\n")
+    new = to_json(config, fingerprints)
+    if begun:
+        old = read_json(config.workdir)
+        changes = differences(old["config"], new["config"]) | differences(old["data"], new["data"])
+        if changes:
+            raise ValueError(
+                f"{config.workdir} holds a run with other settings ({listed(changes)}): choose "
+                "another --workdir, or the same settings to go on with it"
+            )
+        changes = differences(old["versions"], new["versions"])
+        changes |= differences(old["free"], new["free"])
+        changes |= differences({"device": old["device"]}, {"device": new["device"]})
+        if changes:
+            print(f"warning: not as it was when the run began: {listed(changes)}")
+        new |= {"versions": old["versions"], "device": old["device"]}
+    write_atomically(config.workdir / "config.json", json.dumps(new, indent=2) + "\n")
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """`key: old -> new` of what differs."""
-    keys = [key for key in old | new if old.get(key) != new.get(key)]
-    return ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys)
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{key: (old value, new value)} of what differs."""
+    pairs = {key: (old.get(key), new.get(key)) for key in old | new}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def listed(changes: dict[str, tuple[Any, Any]]) -> str:
+    """`key: old -> new, ...`"""
+    return ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keep other processes from training in a workdir, as long as this one lives.
+
+    Raises:
+        ValueError: one does.
+    """
+    with (workdir / ".lock").open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another process is training in {workdir}") from error
+        yield
 
 
 def read_history(file: Path, epochs: int) -> list[dict[str, Any]]:
     """The first lines of metrics.jsonl, one an epoch; what a killed run wrote after is removed."""
     lines = file.read_text().splitlines()[:epochs] if file.exists() else []
+    try:
+        history = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): move it away to go on") from error
     write_atomically(file, "".join(line + "\n" for line in lines))
-    return [json.loads(line) for line in lines]
+    return history
 
 
 def record(figures: dict[str, Any], weight: np.ndarray) -> dict[str, Any]:
     """What an epoch's summary needs of one step, as JSON."""
-    real = weight > 0
+    figures, real = jax.device_get(figures), weight > 0
     return {
         "loss": float(figures["loss"]),
+        "update_norm": float(figures["update_norm"]),
         "iou_coef": float(figures["iou_coef"]),
-        "confusion": [np.asarray(count)[real].tolist() for count in figures["confusion"]],
+        "confusion": [count[real].tolist() for count in figures["confusion"]],
     }
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, float]:
     """The training figures of an epoch from the records of its steps."""
     counts = [np.concatenate(each) for each in zip(*(r["confusion"] for r in records), strict=True)]
-    loss = np.repeat(
-        [r["loss"] for r in records], [len(r["confusion"][0]) for r in records]
-    )  # each image counts the same
+    # Each image counts the same, also those of the last, smaller batch.
+    loss = np.repeat([r["loss"] for r in records], [len(r["confusion"][0]) for r in records])
     return metrics.summary(loss, [r["iou_coef"] for r in records], metrics.Confusion(*counts))
 
 
-def run(config: Config) -> None:
-    """Train to the last epoch; raise Stopped once a signal came and the state is saved."""
-    workdir = config.workdir
-    model, tx, loss_fn, augment = make_recipe(config)
-    arrays = {split: load_split(config, split) for split in ("train", "validation")}
-    (workdir / "samples").mkdir(parents=True, exist_ok=True)
-    check_workdir(config, {split: a.fingerprint for split, a in arrays.items()})
-    n, size = len(arrays["train"].image), config.batch_size
-    steps_per_epoch = -(-n // size)
+@contextlib.contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """A list to which SIGTERM and Ctrl-C are added instead of ending the program at once."""
+    noted: list[int] = []
 
-    init_key, key = jax.random.split(jax.random.key(config.seed))
-    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints")
-    records: list[dict[str, Any]] = []
-    if checkpoints.latest_step() is not None:
-        state, progress = checkpoint.restore(checkpoints, abstract_state(config))
-        records = progress["records"]
-        print(f"going on after step {int(state.step)}")
-    else:
-        create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
-        state = create(model, tx, init_key, (1, model.stride, model.stride, 3))
-    first = int(state.step) // steps_per_epoch
-    history = read_history(workdir / "metrics.jsonl", first)
-    step_fn = train.make_train_step(model, tx, loss_fn, augment=augment)
-    events = event_writer(workdir, int(state.step))
-
-    stop: list[int] = []
-
-    def on_signal(number: int, _: Any) -> None:
+    def note(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_DFL)  # the second time it ends at once
-        stop.append(number)
+        noted.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
+
+def check_finite(step: int, **values: float) -> None:
+    """Raise FloatingPointError, with the step's number, if a value is infinite or not a number."""
+    for name, value in values.items():
+        if not np.isfinite(value):
+            raise FloatingPointError(
+                f"the {name.replace('_', ' ')} of step {step} is {value}: the last checkpoint is "
+                "kept; try a smaller --learning-rate in another --workdir"
+            )
+
+
+def run(config: Config) -> int:
+    """Train to the last epoch; return 0, or the signal that came, with the state saved.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+        ValueError, OSError: a setting or the data cannot be used.
+    """
+    abstract = abstract_state(config)  # settings that do not fit are refused before anything else
+    sources = open_sources(config)
+    arrays = {split: load_split(config, sources, split) for split in ("train", "validation")}
+    (config.workdir / "samples").mkdir(parents=True, exist_ok=True)
+    with (
+        locked(config.workdir),
+        checkpoint.open_checkpoints(config.workdir / "checkpoints") as checkpoints,
+        signals_noted() as stop,
+    ):
+        begun = checkpoints.latest_step() is not None
+        fingerprints = {split: data.fingerprint(source) for split, source in sources.items()}
+        check_workdir(config, fingerprints, begun)
+        init_key, key = jax.random.split(jax.random.key(config.seed))
+        if begun:
+            state, progress = checkpoint.restore(checkpoints, abstract)
+            records = progress["records"]
+            print(f"going on after step {int(state.step)}")
+        else:
+            state, records = create_state(config, init_key), []
+        fit(config, arrays, key, state, records, checkpoints, stop)
+    return stop[0] if stop else 0
+
+
+def create_state(config: Config, key: jax.Array) -> train.TrainState:
+    """The state of a new run."""
+    model, tx, *_ = make_recipe(config)
+    create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
+    return create(model, tx, key, (1, model.stride, model.stride, 3))
+
+
+def fit(
+    config: Config,
+    arrays: dict[str, data.Arrays],
+    key: jax.Array,
+    state: train.TrainState,
+    records: list[dict[str, Any]],
+    checkpoints: Any,
+    stop: list[int],
+) -> None:
+    """The epochs that are left, from a state and the records of the epoch that it stands in."""
+    workdir, size = config.workdir, config.batch_size
+    model, tx, loss_fn, augment = make_recipe(config)
+    step_fn = train.make_train_step(model, tx, loss_fn, augment=augment)
+    n = len(arrays["train"].image)
+    steps_per_epoch = -(-n // size)
+    first, step = int(state.step) // steps_per_epoch, int(state.step)
+    history = read_history(workdir / "metrics.jsonl", first)
+    events = event_writer(workdir, step)
+    if first >= config.epochs:
+        print(f"all {first} epochs are done; ask for more with --epochs")
     for epoch in range(first, config.epochs):
-        started = time.perf_counter()
-        order = data.shuffled(n, config.seed, epoch)[len(records) * size :]
-        done_before = len(records)
+        done, started = len(records) * size, time.perf_counter()
+        order = data.shuffled(n, config.seed, epoch)[done:]
         bar = tqdm(
-            data.batches(arrays["train"], size, order),
-            f"epoch {epoch + 1}/{config.epochs}",
-            total=steps_per_epoch,
-            initial=done_before,
-            unit_scale=size,
-            unit="image",
+            desc=f"epoch {epoch + 1}/{config.epochs}",
+            total=n,
+            initial=done,
+            unit=" images",
             leave=False,
             dynamic_ncols=True,
         )
-        for batch in bar:
-            state, figures = step_fn(state, batch, key)
-            records.append(record(jax.device_get(figures), batch["weight"]))
-            loss = records[-1]["loss"]
-            bar.set_postfix(loss=f"{loss:.4f}")
-            if not np.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss of step {int(state.step)} (epoch {epoch + 1}) is {loss}: the last "
-                    "checkpoint is kept; try a smaller --learning-rate"
-                )
-            if stop and len(records) < steps_per_epoch:
-                checkpoint.save(checkpoints, state, {"records": records})
-                break
-        bar.close()
-        if len(records) == steps_per_epoch:
-            seconds = time.perf_counter() - started
-            validation, _ = predict.evaluate(
-                model, state.variables, arrays["validation"], batch_size=size, loss_fn=loss_fn
-            )
-            line = {"epoch": epoch + 1, "step": int(state.step)}
-            line |= {k: v for k, v in summary(records).items() if k != "n_images"}
-            line |= {f"val_{k}": v for k, v in validation.items() if k != "n_images"}
-            line["seconds"] = round(seconds, 3)
-            line["images_per_second"] = round((n - done_before * size) / seconds, 3)
-            history.append(line)
-            # The line first, the checkpoint after: a line too many is removed at the next start.
-            with (workdir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            records = []
-            checkpoint.save(
-                checkpoints, state, {"records": records}, dice=validation["dice_per_image"]
-            )
-            report(line, config.epochs, events)
-            if (epoch + 1) % max(1, config.epochs // 10) == 0 or epoch + 1 == config.epochs:
-                draw_samples(config, model, state, arrays["validation"], epoch + 1)
-            draw.save_curves(workdir / "curves.png", history)
+        with bar:
+            for batch in data.batches(arrays["train"], size, order):
+                state, figures = step_fn(state, batch, key)
+                step += 1
+                records.append(record(figures, batch["weight"]))
+                loss = records[-1]["loss"]
+                check_finite(step, loss=loss, update_norm=records[-1]["update_norm"])
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                bar.update(int(batch["weight"].sum()))
+                if stop:
+                    break
+        if len(records) < steps_per_epoch:  # the next start makes the rest of the epoch
+            checkpoint.save(checkpoints, state, {"records": records})
+            return
+        seconds = time.perf_counter() - started
+        validation, _ = predict.evaluate(
+            model, state.variables, arrays["validation"], batch_size=size, loss_fn=loss_fn
+        )
+        check_finite(step, validation_loss=validation["loss"])
+        line = {
+            "epoch": epoch + 1,
+            "step": step,
+            **summary(records),
+            **{f"val_{name}": value for name, value in validation.items()},
+            "seconds": round(seconds, 3),
+            "images_per_second": round((n - done) / seconds, 3),
+        }
+        # The checkpoint comes last: what a killed run wrote before it is written anew.
+        history.append(line)
+        with (workdir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        report(line, config.epochs, events)
+        draw.save_curves(workdir / "curves.png", history)
+        if (epoch + 1) % max(1, config.epochs // 10) == 0 or epoch + 1 == config.epochs:
+            sheet = workdir / "samples" / f"epoch-{epoch + 1:04d}.png"
+            shown = range(min(4, len(arrays["validation"].image)))
+            draw_panels(sheet, model, state.variables, arrays["validation"], shown)
+        dice, records = validation["dice_per_image"], []
+        checkpoint.save(checkpoints, state, {"records": records}, dice=dice)
         if stop:
-            break
-    checkpoints.wait_until_finished()
-    checkpoints.close()
-    if stop:
-        raise Stopped(signal.Signals(stop[0]).name)
+            return
 
 
 def event_writer(workdir: Path, step: int) -> Any:
@@ -199,26 +285,20 @@ def report(line: dict[str, Any], epochs: int, events: Any) -> None:
         events.flush()
 
 
-def draw_samples(
-    config: Config, model: Any, state: train.TrainState, arrays: data.Arrays, epoch: int
-) -> None:
-    """Write the panels of the first four validation images."""
-    images, masks = arrays.image[:4], arrays.mask[:4]
-    proba = np.asarray(predict.predict_proba(model, state.variables, images))
-    rows = [draw.panels(*each) for each in zip(images, proba[..., 0], masks[..., 0], strict=True)]
-    draw.save_sheet(config.workdir / "samples" / f"epoch-{epoch:04d}.png", rows)
-
-
 def main(args: list[str] | None = None) -> int:
-    config = tyro.cli(Config, description=__doc__, args=args)
+    config = absolute(tyro.cli(Config, description=__doc__, args=args))
     try:
-        run(config)
-    except Stopped as signal_name:
-        print(f"{signal_name}: the state is saved; run the same command again to go on")
-        return 128 + signal.Signals[str(signal_name)]
+        number = run(config)
+    except KeyboardInterrupt:
+        print("interrupted before the first step")
+        return 128 + signal.SIGINT
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if number:
+        name = signal.Signals(number).name
+        print(f"{name}: the state is saved; run the same command again to go on")
+        return 128 + number
     return 0
 
 

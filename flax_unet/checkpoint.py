@@ -40,7 +40,7 @@ def open_checkpoints(
         create=not read_only,
     )
     return ocp.CheckpointManager(
-        Path(folder).expanduser().absolute(), item_names=("state", "progress"), options=options
+        Path(folder).absolute(), item_names=("state", "progress"), options=options
     )
 
 
@@ -93,7 +93,8 @@ def restore(
     """
     step = checkpoints.latest_step() if which == "latest" else checkpoints.best_step()
     if step is None:
-        raise CheckpointError(f"{checkpoints.directory} holds no {which} checkpoint: train first")
+        remedy = "train first" if checkpoints.latest_step() is None else "ask for the latest"
+        raise CheckpointError(f"{checkpoints.directory} holds no {which} checkpoint: {remedy}")
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract

@@ -7,6 +7,8 @@ format that Pillow reads: a split of `tfds_kvasir.sources`, or a `FolderSource`.
 import hashlib
 import io
 import os
+import unicodedata
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,47 +67,59 @@ def open_picture(data: bytes | Path, name: str) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
         if picture.width * picture.height > MAX_PIXELS:
-            raise DataError(f"{name}: {picture.width} x {picture.height} pixels are too many")
+            raise DataError(f"{picture.width} x {picture.height} pixels are too many")
         picture.load()
-    # Pillow's decoders raise most of the built-in exceptions on a broken file.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        if isinstance(error, DataError):
-            raise
+        return ImageOps.exif_transpose(picture)
+    except Exception as error:  # Pillow's decoders raise a dozen kinds on a broken file
         raise DataError(f"{name}: not a picture that can be read ({error})") from error
-    return ImageOps.exif_transpose(picture)
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB: 16 bits are divided by 257, transparency is dropped."""
+def to_rgb(picture: Image.Image, name: str = "picture") -> Image.Image:
+    """A picture of any mode as 8-bit RGB; transparency is dropped.
+
+    Grey of 16 bits is divided by 257, grey of floats in [0, 1] multiplied by 255.
+
+    Raises:
+        DataError: floats out of [0, 1].
+    """
     if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture, np.float32)
-        # Pillow opens 16-bit pictures in several modes; all have values that 8 bits cannot hold.
-        values = values / 257 if values.max(initial=0) > 255 else values
-        picture = Image.fromarray(np.round(values).clip(0, 255).astype(np.uint8))
+        values = np.asarray(picture, np.float64)
+        values = values / 257 if picture.mode.startswith("I") else values * 255
+        if not ((values >= 0) & (values <= 255)).all():
+            raise DataError(f"{name}: its grey values must be 16 bits, or floats in [0, 1]")
+        picture = Image.fromarray(values.round().astype(np.uint8))
     return picture.convert("RGB")
 
 
-def to_mask(picture: Image.Image, name: str) -> Image.Image:
-    """A mask of {0, 1}, or of values near {0, 255}, as an 8-bit picture of 0 and 255.
+def to_mask(picture: Image.Image, name: str = "mask") -> Image.Image:
+    """A mask of {0, 1}, or of values near {0, 255} or {0, 65535}, as a picture of 0 and 255.
 
-    A palette's indices are its values. Values within 32 of 0 or 255 are near, for JPEG blurs edges.
+    Near is within an eighth, for JPEG blurs edges. The values of a palette are its indices, unless
+    its colours are black and white.
 
     Raises:
         DataError: other values, with a list of them.
     """
-    values = np.asarray(picture if picture.mode == "P" else to_rgb(picture).convert("L"))
-    if picture.mode.startswith("I") and np.asarray(picture).max(initial=0) <= 1:
-        values = np.asarray(picture)
-    if values.max(initial=0) <= 1:
+    if picture.mode == "P":
+        colours = picture.convert("RGB").getcolors() or []  # None: more than 256
+        black_and_white = {(0, 0, 0), (255, 255, 255)}
+        if colours and {colour for _, colour in colours} <= black_and_white:
+            picture = picture.convert("L")
+    elif not picture.mode.startswith(("I", "F")):
+        picture = picture.convert("L")
+    values = np.asarray(picture)
+    if np.isin(values, (0, 1)).all():
         positive = values == 1
     else:
-        positive = values >= 223
-        strange = np.unique(values[(values > 32) & ~positive])
-        if len(strange) or not positive.any():
-            listed = ", ".join(map(str, (strange if len(strange) else np.unique(values))[:8]))
+        full = 255 if values.max() <= 255 else 65535
+        positive = values >= full - full // 8
+        strange = ~positive & ~((values >= 0) & (values <= full // 8))
+        if strange.any() or not positive.any():
+            listed = np.unique(values[strange] if strange.any() else values)[:8]
             raise DataError(
                 f"{name}: a mask must have the values 0 and 1, or values near 0 and 255, and this "
-                f"one has {listed}: write one mask of 0 and 255 for the class to be found"
+                f"one has {', '.join(map(str, listed))}: write one of 0 and 255 for what is to be "
+                "found"
             )
     return Image.fromarray(np.where(positive, np.uint8(255), np.uint8(0)))
 
@@ -132,7 +146,7 @@ def decode_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
         DataError: one cannot be read, or their sizes differ.
     """
     name = example["name"]
-    image = to_rgb(open_picture(example["image"], f"image {name}"))
+    image = to_rgb(open_picture(example["image"], f"image {name}"), f"image {name}")
     mask = to_mask(open_picture(example["mask"], f"mask {name}"), f"mask {name}")
     if image.size != mask.size:
         raise DataError(f"{name}: the image is {image.size} and its mask {mask.size} pixels")
@@ -161,7 +175,8 @@ def load(
         source: a sequence of `{"name", "image", "mask"}`.
         size: the height and width of the arrays.
         cache: a folder for the results; a file in it is named for the source's content, the size
-            and the version of Pillow, whose decoders differ.
+            and the version of Pillow, whose decoders differ. One that cannot be written is only
+            warned about.
 
     Raises:
         DataError: the source is empty, or an entry of it cannot be used.
@@ -171,31 +186,33 @@ def load(
     height, width = (size, size) if isinstance(size, int) else size
     content, file = fingerprint(source), None
     if cache is not None:
-        key = f"{content[:32]}-{height}x{width}-pillow{PIL.__version__}"
+        # The 1 counts our own ways to decode and resize.
+        key = f"1-{content[:32]}-{height}x{width}-pillow{PIL.__version__}"
         file = Path(cache).expanduser() / f"{key}.npz"
         try:
             with file.open("rb") as stream, np.load(stream) as stored:
                 return Arrays(stored["image"], stored["mask"], stored["name"].tolist(), content)
-        except (OSError, ValueError, zipfile.BadZipFile):
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             pass  # not there, or damaged: it is made (anew)
 
     def one(i: int) -> tuple[np.ndarray, np.ndarray, str]:
-        image, mask = decode_pair(source[i])
-        return (
-            resize_image(image, (height, width)),
-            resize_mask(mask, (height, width)),
-            source[i]["name"],
-        )
+        example = source[i]
+        image, mask = decode_pair(example)
+        shape = (height, width)
+        return resize_image(image, shape), resize_mask(mask, shape), example["name"]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images, masks, names = zip(*pool.map(one, range(len(source))), strict=True)
     arrays = Arrays(np.stack(images), np.stack(masks), list(names), content)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")
-        with part.open("wb") as stream:
-            np.savez(stream, image=arrays.image, mask=arrays.mask, name=np.array(arrays.name))
-        part.replace(file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as stream:
+                np.savez(stream, image=arrays.image, mask=arrays.mask, name=np.array(arrays.name))
+            part.replace(file)
+        except OSError as error:
+            warnings.warn(f"the decoded pictures are not kept for next time: {error}", stacklevel=2)
     return arrays
 
 
@@ -239,15 +256,30 @@ class FolderSource(Sequence):
         return {"name": name, "image": image.read_bytes(), "mask": mask.read_bytes()}
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
+def list_pictures(folder: str | os.PathLike) -> list[Path]:
+    """The pictures in a folder by their suffix, sorted; hidden files and subfolders are left out.
+
+    Raises:
+        DataError: it is not a folder.
+    """
+    if not Path(folder).is_dir():
         raise DataError(f"{folder} is not a folder")
+    return [
+        file
+        for file in sorted(Path(folder).iterdir())
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    ]
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
-            if file.stem in found:
-                raise DataError(f"{found[file.stem]} and {file.name} have one stem: keep one")
-            found[file.stem] = file
+    for file in list_pictures(folder):
+        stem = unicodedata.normalize(
+            "NFC", file.stem
+        )  # macOS and Linux write an accent differently
+        if stem in found:
+            raise DataError(f"{found[stem]} and {file.name} have one stem: keep one")
+        found[stem] = file
     return found
 
 

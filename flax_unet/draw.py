@@ -43,9 +43,8 @@ def panels(image: np.ndarray, proba: np.ndarray, mask: np.ndarray | None = None)
     Returns:
         uint8 [H, 3 W, 3].
     """
-    grey = np.repeat(
-        (255 * np.asarray(proba, np.float32)).round().astype(np.uint8)[..., None], 3, -1
-    )
+    grey = (255 * np.asarray(proba, np.float32)).round().astype(np.uint8)
+    grey = np.stack([grey] * 3, axis=-1)
     return np.concatenate([image, grey, overlay(image, proba, mask)], axis=1)
 
 

@@ -128,6 +128,12 @@ class UNet(nn.Module):
     dropout: float | tuple[float, ...] = 0.0
     dtype: DTypeLike = jnp.float32
 
+    def __post_init__(self):
+        for name in ("features", "dropout"):  # a list would make the module unhashable
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        super().__post_init__()
+
     @property
     def stride(self) -> int:
         """Height and width of an image must be multiples of this."""
@@ -153,6 +159,8 @@ class UNet(nn.Module):
             raise ValueError(
                 f"dropout has {len(rates)} rates for {levels} levels: give one a level"
             )
+        if not all(0 <= rate < 1 for rate in rates):
+            raise ValueError(f"dropout is {self.dropout}: each rate must be in [0, 1)")
         if self.groups is not None and any(f % self.groups for f in self.features):
             raise ValueError(
                 f"features {self.features} cannot be split into {self.groups} groups: "

@@ -1,7 +1,7 @@
 """Prediction and evaluation with a trained model. `variables` is what `model.apply` takes."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ from flax_unet.losses import bce
 from flax_unet.train import Loss, compiler_options, make_eval_step
 
 
-@cache
+@lru_cache(maxsize=8)
 def _apply(model: nn.Module) -> Any:
     def proba(variables: Any, image: jax.Array) -> jax.Array:
         logits: Any = model.apply(variables, data.as_float(image))
@@ -39,11 +39,13 @@ def predict_proba(model: Any, variables: Any, image: Any) -> jax.Array:
         Float32 [H, W, C] or [B, H, W, C] in [0, 1].
 
     Raises:
-        ValueError: the image has another rank or type.
+        ValueError: the image has another rank, type or range.
     """
     image = np.asarray(image)
     if image.ndim not in (3, 4):
         raise ValueError(f"image has shape {image.shape}: it must be [H, W, 3] or [B, H, W, 3]")
+    if image.dtype != np.uint8 and image.size and image.max() > 1:
+        raise ValueError(f"image goes up to {image.max()}: give uint8, or float in [0, 1]")
     batch = image if image.ndim == 4 else image[None]
     height, width = batch.shape[1:3]
     below, right = -height % model.stride, -width % model.stride
@@ -72,13 +74,13 @@ def predict_picture(model: Any, variables: Any, picture: Image.Image, size: int)
     image = data.resize_image(data.to_rgb(picture), (size, size))
     proba = np.asarray(predict_proba(model, variables, image))
     channels = [
-        Image.fromarray(proba[..., c]).resize(picture.size, Image.Resampling.BILINEAR)
-        for c in range(proba.shape[-1])
+        np.asarray(Image.fromarray(channel).resize(picture.size, Image.Resampling.BILINEAR))
+        for channel in np.moveaxis(proba, -1, 0)
     ]
-    return np.stack([np.asarray(channel) for channel in channels], axis=-1)
+    return np.stack(channels, axis=-1)
 
 
-@cache
+@lru_cache(maxsize=8)
 def _eval_step(model: nn.Module, loss_fn: Loss) -> Any:
     return make_eval_step(model, loss_fn)
 
@@ -106,6 +108,8 @@ def evaluate(
         `metrics.summary`, and the counts [N, C], an entry an image in the source's order.
     """
     arrays = source if isinstance(source, data.Arrays) else data.load(source, size)
+    if not len(arrays.image):
+        raise data.DataError("the data set is empty")
     step = _eval_step(model, loss_fn)
     # All batches are under way before the first result is fetched.
     pending = [step(variables, batch) for batch in data.batches(arrays, batch_size)]

@@ -86,8 +86,12 @@ def train_step(
         augment: (key, image, mask) to (image, mask).
 
     Returns:
-        The next state, and of this batch, before the update: `loss`, the mean over its images of
-        weight 1, `iou_coef`, and the `confusion` of each image, [B, C].
+        The next state, and figures: of this batch before the update, `loss`, the mean over its
+        images of weight 1, `iou_coef`, and the `confusion` of each image, [B, C]; and of the
+        update, its `update_norm`, which is finite where the next parameters are.
+
+    Raises:
+        ValueError: the loss has not one value an image, or shapes do not agree.
     """
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     image, labels, weight = (jnp.asarray(batch[key]) for key in ("image", "mask", "weight"))
@@ -103,8 +107,9 @@ def train_step(
             rngs={"dropout": _rbg(dropout_key)},
             mutable=list(state.model_state),
         )
-        loss = (weight * loss_fn(logits, labels)).sum() / weight.sum()
-        return loss, (logits, model_state)
+        loss = loss_fn(logits, labels)
+        _check_loss(loss, weight)
+        return (weight * loss).sum() / weight.sum(), (logits, model_state)
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
     (loss, (logits, model_state)), grads = gradient(state.params)
@@ -114,6 +119,7 @@ def train_step(
         "loss": loss,
         "iou_coef": metrics.iou_coef(logits, labels, weight),
         "confusion": metrics.confusion(logits, labels),
+        "update_norm": optax.tree.norm(updates),
     }
     return TrainState(state.step + 1, params, model_state, opt_state), figures
 
@@ -123,11 +129,21 @@ def eval_step(variables: Any, batch: Batch, *, model: nn.Module, loss_fn: Loss) 
     image, labels, weight = (jnp.asarray(batch[key]) for key in ("image", "mask", "weight"))
     logits: Any = model.apply(variables, as_float(image))
     labels = labels.astype(jnp.float32)
+    loss = loss_fn(logits, labels)
+    _check_loss(loss, weight)
     return {
-        "loss": loss_fn(logits, labels),
+        "loss": loss,
         "iou_coef": metrics.iou_coef(logits, labels, weight),
         "confusion": metrics.confusion(logits, labels),
     }
+
+
+def _check_loss(loss: jax.Array, weight: jax.Array) -> None:
+    if loss.shape != weight.shape or loss.ndim != 1:
+        raise ValueError(
+            f"the loss has shape {loss.shape} and weight {weight.shape}: both must be [B], one "
+            "value an image"
+        )
 
 
 @cache

@@ -1,4 +1,5 @@
 import io
+import struct
 import subprocess
 import sys
 
@@ -76,7 +77,7 @@ def test_what_is_no_picture_is_named(broken, words):
 
 def test_a_huge_picture_is_refused_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(data, "MAX_PIXELS", 63)
-    with pytest.raises(DataError, match="eye: 8 x 8"):
+    with pytest.raises(DataError, match="eye: .*8 x 8 pixels are too many"):
         data.open_picture(encode(rgb()), "eye")
 
 
@@ -112,6 +113,45 @@ def test_a_palette_and_a_bilevel_mask_are_read():
 def test_other_values_of_a_mask_are_listed(values, words):
     with pytest.raises(DataError, match=f"mask polyp7: .*has {words}"):
         data.to_mask(Image.fromarray(np.array([values], np.uint8)), "mask polyp7")
+
+
+def test_a_black_and_white_palette_is_read_by_its_colours():
+    inverted = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    inverted.putpalette([255, 255, 255, 0, 0, 0])
+    np.testing.assert_array_equal(np.asarray(data.to_mask(inverted)), [[255, 0]])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([[0, 100, 200, 300]], np.uint16),
+        np.array([[0, 0.6]], np.float32),
+        np.array([[0, np.nan]], np.float32),
+        np.array([[-1, 0, 1]], np.int32),
+    ],
+)
+def test_wide_masks_of_other_values_are_refused(values):
+    with pytest.raises(DataError, match="mask m: a mask must have"):
+        data.to_mask(Image.fromarray(values), "mask m")
+
+
+def test_float_pictures_are_read_from_0_to_1():
+    grey = np.array([[0, 0.5, 1]], np.float32)
+    np.testing.assert_array_equal(
+        np.asarray(data.to_rgb(Image.fromarray(grey)))[..., 0], [[0, 128, 255]]
+    )
+    for bad in (2.0, -0.1, np.nan):
+        with pytest.raises(DataError, match="eye: its grey values"):
+            data.to_rgb(Image.fromarray(np.array([[bad]], np.float32)), "eye")
+
+
+def test_a_picture_with_broken_exif_is_named(monkeypatch):
+    def broken(picture):
+        raise struct.error("unpack requires a buffer of 2 bytes")
+
+    monkeypatch.setattr(data.ImageOps, "exif_transpose", broken)
+    with pytest.raises(DataError, match="eye: not a picture"):
+        data.open_picture(encode(rgb()), "eye")
 
 
 def test_a_mask_is_resized_by_area():
@@ -163,9 +203,18 @@ def test_a_truncated_cache_is_made_anew(tmp_path):
     source = [entry(rgb(i), np.eye(8, dtype=np.uint8), f"n{i}") for i in range(3)]
     first = data.load(source, 8, cache=tmp_path)
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:200])
-    np.testing.assert_array_equal(data.load(source, 8, cache=tmp_path).image, first.image)
-    np.testing.assert_array_equal(data.load(source, 8, cache=tmp_path).image, first.image)
+    whole = file.read_bytes()
+    for damaged in (whole[:200], b"", whole[:-100]):
+        file.write_bytes(damaged)
+        np.testing.assert_array_equal(data.load(source, 8, cache=tmp_path).image, first.image)
+        assert len(file.read_bytes()) == len(whole)
+
+
+def test_a_cache_that_cannot_be_written_is_only_warned_of(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="not kept"):
+        arrays = data.load([entry(rgb(), np.eye(8, dtype=np.uint8))], 8, cache=tmp_path / "file")
+    assert len(arrays.image) == 1
 
 
 def test_the_fingerprint_follows_names_images_and_masks():
@@ -179,6 +228,8 @@ def test_a_folder_is_paired_by_stem_and_split_for_good(folders):
     images, masks = folders
     (images / "p03.png").rename(images / "p03.JPG")  # another suffix, the same stem
     (images / "notes.txt").write_text("not a picture")
+    (images / ".hidden.png").write_text("not a picture")
+    (images / "folder.png").mkdir()
     everything = FolderSource(images, masks)
     assert [e["name"] for e in everything] == [f"p{i:02d}" for i in range(12)]
     assert everything[3]["mask"] == (masks / "p03.png").read_bytes()

@@ -110,6 +110,12 @@ def test_dropout_stands_before_the_last_convolution_and_only_in_training():
     assert not (quiet == noisy).all()
 
 
+def test_lists_are_as_good_as_tuples():
+    assert hash(UNet(features=[4, 8], dropout=[0.1, 0.2])) == hash(
+        UNet(features=(4, 8), dropout=(0.1, 0.2))
+    )
+
+
 def test_jit_equals_eager():
     x = jax.nn.sigmoid(normal(0, 2, 8, 12, 3))
     model = SMALL.clone(features=(4, 8), convs=1)
@@ -148,6 +154,7 @@ def test_one_image_does_not_see_another():
         (SMALL, (8, 8, 3), r"\[B, H, W, C\]"),
         (SMALL.clone(groups=3), (1, 8, 8, 3), "3 groups"),
         (SMALL.clone(dropout=(0.1, 0.1)), (1, 8, 8, 3), "2 rates for 3 levels"),
+        (SMALL.clone(dropout=1.0), (1, 8, 8, 3), "must be in"),
     ],
 )
 def test_what_does_not_fit_is_named(model, shape, words):

@@ -53,6 +53,11 @@ def test_a_mask_is_the_probabilities_above_the_threshold(variables):
         np.testing.assert_array_equal(mask, proba > threshold)
 
 
+def test_a_float_image_of_0_to_255_is_refused(variables):
+    with pytest.raises(ValueError, match="image goes up to 255"):
+        predict.predict_proba(MODEL, variables, np.full((8, 8, 3), 255.0, np.float32))
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (1, 1, 8, 8, 3)])
 def test_no_rank_is_guessed(variables, shape):
     with pytest.raises(ValueError, match=r"\[H, W, 3\] or \[B, H, W, 3\]"):

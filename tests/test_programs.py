@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import evaluate
+import jax
 import numpy as np
 import predict
 import pytest
@@ -80,10 +81,8 @@ def lines(workdir):
 
 
 def parameters(workdir):
-    _, _, variables, step = restore_run(workdir, "latest")
-    import jax
-
-    return step, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(variables)]
+    run = restore_run(workdir, "latest")
+    return run.step, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(run.variables)]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +104,7 @@ def test_a_run_explains_itself(undisturbed):
     assert kept >= {"config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png"}
     config = json.loads((workdir / "config.json").read_text())
     assert config["config"]["features"] == [8, 16] and config["config"]["recipe"] == "unet"
-    assert set(config["data"]) == {"train", "validation"} and "jax" in config["versions"]
+    assert set(config["data"]) == {"train", "validation", "test"} and "jax" in config["versions"]
     history = lines(workdir)
     assert [line["epoch"] for line in history] == list(range(1, EPOCHS + 1))
     article = {"loss", "accuracy", "iou_coef"}
@@ -208,7 +207,61 @@ def test_other_data_is_refused_and_other_versions_are_warned_of(folders, short, 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folders, tmp_path, capsys):
     assert train.main(arguments(folders, tmp_path, learning_rate=1e38)) == 1
-    assert "the loss of step 2 (epoch 1) is" in capsys.readouterr().err
+    assert "the update norm of step 1 is inf" in capsys.readouterr().err
+    assert not list((tmp_path / "checkpoints").iterdir())
+    # nothing was kept of that run, so the workdir is free for another
+    assert train.main(arguments(folders, tmp_path, epochs=1)) == 0
+
+
+def test_a_step_that_is_not_finite_leaves_the_last_good_checkpoint(
+    folders, short, capsys, monkeypatch
+):
+    good = parameters(short)
+    make = train.train.make_train_step
+
+    def spoiled(*args, **options):
+        step = make(*args, **options)
+
+        def spoil(state, batch, key):
+            state, figures = step(state, batch, key)
+            return state, figures | {"loss": float("nan")}
+
+        return spoil
+
+    monkeypatch.setattr(train.train, "make_train_step", spoiled)
+    assert train.main(arguments(folders, short, epochs=2)) == 1
+    assert f"the loss of step {good[0] + 1} is nan" in capsys.readouterr().err
+    assert parameters(short) == good and len(lines(short)) == 1
+
+
+def test_a_workdir_in_use_is_refused(folders, undisturbed, capsys, monkeypatch):
+    workdir, *_ = undisturbed
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folders / "cache"))
+    with train.locked(workdir):
+        assert train.main(arguments(folders, workdir)) == 1
+    assert "another process is training in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{", '{"hello": 1}', "[]"])
+def test_a_damaged_config_is_named(short, folders, capsys, content):
+    (short / "config.json").write_text(content)
+    assert train.main(arguments(folders, short)) == 1
+    assert evaluate.main(["--workdir", str(short)]) == 1
+    assert capsys.readouterr().err.count("config.json is damaged or not of a run") == 2
+
+
+def test_a_finished_run_says_so(folders, short, capsys):
+    assert train.main(arguments(folders, short, epochs=1)) == 0
+    assert "all 1 epochs are done" in capsys.readouterr().out
+
+
+def test_a_split_that_is_empty_is_named(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "07.png").write_bytes((folders / part / "07.png").read_bytes())
+    assert train.main(arguments(tmp_path, tmp_path / "run")) == 1
+    assert "split of the 1 pictures is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -216,6 +269,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folders, tmp_path, capsys):
     [
         ({"image_size": 33}, "image_size 33 is no multiple of 2"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
         ({"images": "/nowhere"}, "/nowhere is not a folder"),
     ],
 )
@@ -252,7 +306,8 @@ def test_evaluation_of_other_folders_takes_all_of_them(folders, undisturbed):
     workdir, *_ = undisturbed
     others = ["--images", str(folders / "images"), "--masks", str(folders / "masks")]
     assert evaluate.main(["--workdir", str(workdir), *others]) == 0
-    assert json.loads((workdir / "evaluation-images.json").read_text())["n_images"] == 60
+    (report,) = workdir.glob("evaluation-folder-*-images.json")
+    assert json.loads(report.read_text())["n_images"] == 60
 
 
 def test_evaluation_without_a_run_is_an_error(tmp_path, capsys):
@@ -283,7 +338,7 @@ def test_prediction_of_files_of_any_mode_and_size(undisturbed, tmp_path, capsys)
     for name in ("L", "RGBA", "P", "CMYK", "sixteen", "turned"):
         size = (45, 70) if name == "turned" else (70, 45)
         mask = Image.open(out / f"{name}-mask.png")
-        assert mask.size == size and set(np.unique(mask.convert("L"))) <= {0, 255}
+        assert mask.size == size and set(np.unique(mask)) <= {0, 255}
         assert Image.open(out / f"{name}-overlay.png").size == size
 
 
@@ -291,9 +346,20 @@ def test_prediction_finds_the_disc(folders, undisturbed, tmp_path):
     workdir, *_ = undisturbed
     file = folders / "images" / "07.png"
     assert predict.main(["--workdir", str(workdir), "--out", str(tmp_path), str(file)]) == 0
-    found = np.asarray(Image.open(tmp_path / "07-mask.png")) > 0
+    found = np.asarray(Image.open(tmp_path / "07-mask.png")) > 127
     truth = np.asarray(Image.open(folders / "masks" / "07.png")) > 0
     assert (found & truth).sum() / (found | truth).sum() > 0.5
+
+
+def test_no_picture_is_written_over(undisturbed, tmp_path, capsys):
+    workdir, *_ = undisturbed
+    for name in ("a.png", "a-mask.png"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    before = (tmp_path / "a-mask.png").read_bytes()
+    command = ["--workdir", str(workdir), "--out", str(tmp_path), str(tmp_path)]
+    assert predict.main(command) == 1
+    assert "a-mask.png, of" in capsys.readouterr().err
+    assert (tmp_path / "a-mask.png").read_bytes() == before
 
 
 def test_two_pictures_with_one_name_are_refused(undisturbed, tmp_path, capsys):
@@ -302,4 +368,4 @@ def test_two_pictures_with_one_name_are_refused(undisturbed, tmp_path, capsys):
         Image.new("RGB", (8, 8)).save(tmp_path / f"a.{suffix}")
     out = tmp_path / "out"
     assert predict.main(["--workdir", str(workdir), "--out", str(out), str(tmp_path)]) == 1
-    assert "would both be a-mask.png" in capsys.readouterr().err and not out.exists()
+    assert "is taken by" in capsys.readouterr().err and not out.exists()

@@ -18,18 +18,19 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 SHELL = [code for language, code in BLOCKS if language == "bash"]
 
-# What stands for `python`, `make` and `pip`: the programs themselves, with a run of one small epoch.
+# What stands for `python`, `make` and `pip`: the programs themselves, for one small epoch.
+SHORT = "--features 8 16 --image-size 32 --epochs 1"
 COMMANDS = {
-    "python": 'case "$1" in *train.py) set -- "$@" --features 8 16 --image-size 32 --epochs 1;; esac\n'
-    f'exec "{sys.executable}" "$@"',
+    "python": f'case "$1" in *train.py) set -- "$@" {SHORT};; esac\nexec "{sys.executable}" "$@"',
     "make": f'exec "{shutil.which("make")}" --dry-run --directory "{ROOT}" "$@"',
     "pip": 'echo "$@" >> pip.log',
 }
 
 
-@pytest.fixture
-def user(tmp_path):
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
     """A folder with the experiments and pictures in it, and the environment of a user there."""
+    tmp_path = tmp_path_factory.mktemp("user")
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     rng = np.random.default_rng(0)
     for folder in ("my", "other"):
@@ -83,8 +84,8 @@ def test_commands(code, user):
     if needs_kvasir(code):
         if "KVASIR_SEG_ZIP" not in os.environ:
             pytest.skip("KVASIR_SEG_ZIP does not name the archive")
-        (folder / "kvasir-seg.zip").symlink_to(Path(os.environ["KVASIR_SEG_ZIP"]).resolve())
-        env["KVASIR_SEG_ZIP"] = str(folder / "kvasir-seg.zip")
+        if not (folder / "kvasir-seg.zip").exists():
+            (folder / "kvasir-seg.zip").symlink_to(Path(os.environ["KVASIR_SEG_ZIP"]).resolve())
     run(["bash", "-e", "-c", code], user)
     if "predict.py" in code:
         assert (folder / "found" / "0-mask.png").exists()

@@ -205,6 +205,17 @@ def test_an_image_of_another_type_is_refused(image):
         make_step()(make_state(), batch, jax.random.key(1))
 
 
+@pytest.mark.parametrize("shape", [(8, 1), (1,), ()])
+def test_a_weight_or_a_loss_that_would_be_broadcast_is_refused(shape):
+    batch, key = make_batch(), jax.random.key(1)
+    with jax.numpy_rank_promotion("allow"):
+        with pytest.raises(ValueError, match=r"one value\s+an image"):
+            make_step()(make_state(), batch | {"weight": np.ones(shape, np.float32)}, key)
+        mean = train.make_train_step(MODEL, TX, lambda x, y: losses.bce(x, y).mean())
+        with pytest.raises(ValueError, match=r"the loss has shape \(\)"):
+            mean(make_state(), batch, key)
+
+
 def test_uint8_and_float_images_are_the_same():
     batch = make_batch()
     as_float = batch | {"image": batch["image"] / np.float32(255)}

@@ -1,16 +1,30 @@
 #!/usr/bin/env bash
 # Runs the suite at the ends of the version window, each in a fresh environment of its own:
 #   python3.11  the newest packages that still take Python 3.11
-#   newest      the newest packages on Python 3.13, or else 3.12
+#   newest      the newest packages, on Python 3.13 or else 3.12
 #   colab       what Colab's TPU machines have; installing this project must change none of it
-# tests/versions.sh NAME... runs only those. Of an absent interpreter the run is skipped.
+# tests/versions.sh NAME... runs only those. Where the interpreter is absent, a run is skipped.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-COLAB="jax==0.7.2 jaxlib==0.7.2 flax==0.11.2 optax==0.2.8 orbax-checkpoint==0.12.4 grain==0.2.18
-  tensorflow-datasets==4.9.10 numpy==2.1.3 matplotlib tqdm rich"
+COLAB=(jax==0.7.2 jaxlib==0.7.2 flax==0.11.2 optax==0.2.8 orbax-checkpoint==0.12.4 grain==0.2.18
+  tensorflow-datasets==4.9.10 numpy==2.1.3 matplotlib tqdm rich)
 
-# The first of the interpreters that runs: a shim of pyenv may be on PATH and not run.
+# Fails if pip's report would install anew what is there already.
+KEEPS='
+import importlib.metadata, json, re, sys
+names = lambda found: {re.sub("[-_.]+", "-", metadata["name"]).lower() for metadata in found}
+present = names(d.metadata for d in importlib.metadata.distributions())
+wanted = names(package["metadata"] for package in json.load(sys.stdin)["install"])
+if changed := present & wanted:
+    sys.exit(f"pip install . would change what Colab has: {sorted(changed)}")
+'
+VERSIONS='
+import flax, jax, platform
+print(f"Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}")
+'
+
+# The first of the interpreters that works: a shim of pyenv may be on PATH and refuse to run.
 interpreter() {
   local python
   for python in "$@"; do
@@ -19,53 +33,44 @@ interpreter() {
   return 1
 }
 
-install_newest() {
-  "$1/bin/pip" install --quiet --upgrade ".[test]"
+install() { # NAME ENVIRONMENT
+  local pip="$2/bin/pip" constraints="$2/constraints.txt"
+  touch "$constraints"
+  if [ "$1" = colab ]; then
+    "$pip" install --quiet "${COLAB[@]}" &&
+      "$pip" freeze >"$constraints" &&
+      "$pip" install . --dry-run --quiet --report - | "$2/bin/python" -c "$KEEPS" || return
+  fi
+  "$pip" install --quiet --constraint "$constraints" --editable ".[test]"
 }
 
-install_colab() {
-  local pip=$1/bin/pip
-  # shellcheck disable=SC2086
-  "$pip" install --quiet $COLAB &&
-    "$pip" freeze >"$1/constraints.txt" &&
-    "$pip" install --quiet --dry-run --report "$1/report.json" . &&
-    "$1/bin/python" - "$1/report.json" <<'PYTHON' &&
-import importlib.metadata, json, re, sys
-
-def canonical(name):
-    return re.sub("[-_.]+", "-", name).lower()
-
-present = {canonical(d.name) for d in importlib.metadata.distributions()}
-wanted = {canonical(p["metadata"]["name"]) for p in json.load(open(sys.argv[1]))["install"]}
-if changed := sorted(present & wanted):
-    sys.exit("pip install . would change what Colab has: " + ", ".join(changed))
-PYTHON
-    "$pip" install --quiet --constraint "$1/constraints.txt" ".[test]"
-}
-
-# check NAME HOW INTERPRETER...: fills $line with what came of it; 0 if it passed or was skipped.
-check() {
-  local name=$1 how=$2 env=.venv-versions/$1 python status
-  shift 2
+check() { # NAME INTERPRETER...
+  local name=$1 env=.venv-versions/$1 python versions result=0
+  shift
   echo "== $name"
   if ! python=$(interpreter "$@"); then
-    line="$name: skipped, no $* here"
-    return 0
+    summary+=("$name: skipped, there is no $*")
+  elif ! { "$python" -m venv --clear "$env" && install "$name" "$env"; }; then
+    summary+=("$name: FAILED to install")
+    failed=1
+  else
+    "$env/bin/pytest" -n 2 --dist loadfile -m "not slow" | tee "$env/pytest.log" || result=$?
+    versions=$("$env/bin/python" -c "$VERSIONS")
+    summary+=("$name: $versions: exit code $result: $(tail -n 1 "$env/pytest.log")")
+    [ "$result" = 0 ] || failed=1
   fi
-  if ! { "$python" -m venv --clear "$env" && "install_$how" "$env"; }; then
-    line="$name: FAILED to install"
-    return 1
-  fi
-  "$env/bin/pytest" -m "not slow" | tee "$env/pytest.log"
-  status=$?
-  line="$name: $("$env/bin/python" -c '
-import platform, flax, jax
-print(f"Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}")
-'): $(tail -n 1 "$env/pytest.log")"
-  return "$status"
 }
 
 summary=() failed=0
-for name in "${@:-python3.11 newest colab}"; do
-  :
+[ $# -gt 0 ] || set -- python3.11 newest colab
+for name in "$@"; do
+  case $name in
+    python3.11) check "$name" python3.11 ;;
+    newest) check "$name" python3.13 python3.12 ;;
+    colab) check "$name" python3.13 ;;
+    *) echo "no environment $name: python3.11, newest or colab" && exit 2 ;;
+  esac
 done
+echo
+printf '%s\n' "${summary[@]}"
+exit "$failed"

@@ -36,15 +36,21 @@ def sources(
     Raises:
         FileNotFoundError: kvasir_zip, or KVASIR_SEG_ZIP, is not a file.
         ConnectionError: Kvasir-SEG is not here and cannot be downloaded.
-        ValueError: the zip is not a sound Kvasir-SEG. Nothing half-made is left.
-        NotImplementedError: data_dir holds it prepared as tfrecord; name another data_dir.
+        ValueError: the zip is not a sound Kvasir-SEG, and nothing half-made is left; or data_dir
+            holds the dataset as tfrecord.
     """
     builder = tfds.builder(name, config=config, data_dir=data_dir, **builder_kwargs)
     # TFDS draws progress bars and prints its sizes as unknown; what fails is raised all the same.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         builder.download_and_prepare(file_format="array_record")  # nothing, where it is prepared
     encoded = {key: tfds.decode.SkipDecoding() for key in ("image", "mask")}
-    splits = builder.as_data_source(decoders=encoded)
+    try:
+        splits = builder.as_data_source(decoders=encoded)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{builder.data_path} holds {name} in a format that only TensorFlow reads: name "
+            "another folder with data_dir (--data-dir)"
+        ) from error
     assert isinstance(splits, dict)
     return {split: _Source(source) for split, source in splits.items()}
 

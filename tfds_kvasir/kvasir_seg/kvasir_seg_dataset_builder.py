@@ -22,7 +22,8 @@ LIMIT = 64_000_000  # pixels of a picture and bytes of its file; the largest rea
 
 NO_DATA = f"""\
 Kvasir-SEG is not here and {URL} cannot be reached. Download it where there is a network, then
-- pass its path: tfds.builder("kvasir_seg", kvasir_zip="kvasir-seg.zip"), or
+- pass its path: --kvasir-zip kvasir-seg.zip, or in Python
+  tfds.builder("kvasir_seg", kvasir_zip="kvasir-seg.zip"), or
 - name its path in the environment variable KVASIR_SEG_ZIP, or
 - put it, as kvasir-seg.zip, into TFDS' manual_dir (<data_dir>/downloads/manual).
 `make demo` needs none of it."""
