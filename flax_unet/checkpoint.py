@@ -28,9 +28,7 @@ def open_checkpoints(
     folder: str | os.PathLike, *, read_only: bool = False
 ) -> ocp.CheckpointManager:
     """The checkpoints in a folder, which is made unless `read_only`. Close what this returns."""
-    policy = AnyPreservationPolicy(
-        [LatestN(1), BestN(get_metric_fn=_dice, n=1, keep_checkpoints_without_metrics=False)]
-    )
+    policy = AnyPreservationPolicy([LatestN(1), BestN(get_metric_fn=_dice, n=1)])
     # `best_fn` makes Orbax write the figures; what is deleted is the policy's to say, for on its
     # own `best_fn` would delete the newest step.
     options = ocp.CheckpointManagerOptions(
@@ -57,7 +55,7 @@ def save(
         checkpoints: from `open_checkpoints`.
         state: may be donated as soon as this returns.
         progress: what else a restart needs, as JSON.
-        dice: the validation Dice by which the best is chosen; None: this is no candidate.
+        dice: the validation Dice by which the best is chosen; None: any other is better.
     """
     step = int(state.step)
     if step in checkpoints.all_steps():
@@ -69,7 +67,8 @@ def save(
         args=ocp.args.Composite(
             state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
         ),
-        metrics=None if dice is None else {"dice": float(dice)},
+        # Orbax complains of a step without a figure: this one is below all real ones.
+        metrics={"dice": -1.0 if dice is None else float(dice)},
     )
 
 

@@ -49,7 +49,7 @@ check() { # NAME INTERPRETER...
   shift
   echo "== $name"
   if ! python=$(interpreter "$@"); then
-    summary+=("$name: skipped, there is no $*")
+    summary+=("$name: skipped, cannot run $*")
   elif ! { "$python" -m venv --clear "$env" && install "$name" "$env"; }; then
     summary+=("$name: FAILED to install")
     failed=1
