@@ -19,7 +19,7 @@ from PIL import Image
 from recipes import restore_run
 
 PROGRAMS = Path(__file__).parent.parent / "experiments"
-EPOCHS = 20
+EPOCHS = 16
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(folders, undistur
     workdir, rng = tmp_path / "killed", random.Random(0)
     (workdir / "demo").mkdir(parents=True)  # another run inside of this one's folder
     (workdir / "demo" / "notes.txt").write_text("mine")
-    moments = ["saving"] * 3 + ["starting"] * 3 + ["training"] * 5
+    moments = ["saving"] * 3 + ["starting"] * 3 + ["training"] * 4
     for moment in rng.sample(moments, len(moments)):
         before, stale = written(workdir), half_saved(workdir)
         process = start(folders, workdir)

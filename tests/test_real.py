@@ -28,7 +28,7 @@ def data_dir(tmp_path_factory):
 
 def test_sixteen_steps_of_the_article(data_dir):
     source = tfds_kvasir.sources("kvasir_seg", data_dir=data_dir)["train"]
-    arrays = data.load([source[i] for i in range(128)], 256)
+    arrays = data.load([source[i] for i in range(128)], 128)
     tx, key = keras_adam(1e-3), jax.random.key(0)
     create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
     state = create(ARTICLE, tx, key, (1, 32, 32, 3))
@@ -46,7 +46,7 @@ def test_sixteen_steps_of_the_article(data_dir):
     assert figures["n_images"] == 5 and counts.tp.shape == (5, 1)
     assert 0.5 < figures["accuracy"] < 1
     picture = Image.open(io.BytesIO(source[0]["image"]))
-    proba = predict.predict_picture(ARTICLE, state.variables, picture, 256)
+    proba = predict.predict_picture(ARTICLE, state.variables, picture, 128)
     assert proba.shape == (picture.height, picture.width, 1)
     assert 0 <= proba.min() and proba.max() <= 1
 
