@@ -159,7 +159,10 @@ def run(config: Config) -> int:
         signals_noted() as stop,
     ):
         begun = checkpoints.latest_step() is not None
-        fingerprints = {split: data.fingerprint(source) for split, source in sources.items()}
+        fingerprints = {
+            split: arrays[split].fingerprint if split in arrays else data.fingerprint(source)
+            for split, source in sources.items()
+        }
         check_workdir(config, fingerprints, begun)
         init_key, key = jax.random.split(jax.random.key(config.seed))
         if begun:

@@ -76,16 +76,13 @@ def restore(
     checkpoints: ocp.CheckpointManager,
     abstract: TrainState,
     which: Literal["latest", "best"] = "latest",
-    *,
-    sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state and the progress that were saved.
+    """The state, on the first device, and the progress that were saved.
 
     Args:
         checkpoints: from `open_checkpoints`.
         abstract: shapes and types, from `jax.eval_shape` of `create_train_state`.
         which: `latest`, or `best` by validation Dice.
-        sharding: where the arrays go; by default to the first device.
 
     Raises:
         CheckpointError: there is none.
@@ -94,7 +91,7 @@ def restore(
     if step is None:
         remedy = "train first" if checkpoints.latest_step() is None else "ask for the latest"
         raise CheckpointError(f"{checkpoints.directory} holds no {which} checkpoint: {remedy}")
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
     )

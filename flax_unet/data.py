@@ -134,9 +134,8 @@ def resize_mask(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
     A pixel is 1 where at least half of its area is.
     """
-    return (np.asarray(mask.resize((size[1], size[0]), Image.Resampling.BOX)) > 127).astype(
-        np.uint8
-    )[..., None]
+    share = np.asarray(mask.resize((size[1], size[0]), Image.Resampling.BOX))
+    return (share > 127).astype(np.uint8)[..., None]
 
 
 def decode_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
@@ -274,9 +273,8 @@ def list_pictures(folder: str | os.PathLike) -> list[Path]:
 def _by_stem(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in list_pictures(folder):
-        stem = unicodedata.normalize(
-            "NFC", file.stem
-        )  # macOS and Linux write an accent differently
+        # macOS and Linux write an accent differently.
+        stem = unicodedata.normalize("NFC", file.stem)
         if stem in found:
             raise DataError(f"{found[stem]} and {file.name} have one stem: keep one")
         found[stem] = file

@@ -120,7 +120,7 @@ def summary(
     """The figures of a set of images.
 
     Args:
-        loss: of each image, or with `counts` of each batch; its mean is given.
+        loss: of each image.
         iou_coef: of each batch.
         counts: [N, C], an entry an image.
     """

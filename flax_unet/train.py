@@ -150,7 +150,7 @@ def _check_loss(loss: jax.Array, weight: jax.Array) -> None:
 def compiler_options() -> dict[str, str]:
     """What XLA should be told on this backend.
 
-    From jax 0.8 on its CPU backend hands convolutions to YNN, which takes 1.5 to 4 times as long as
+    On jax 0.10 the CPU backend hands convolutions to YNN, which takes 1.5 to 4 times as long as
     Eigen for all but the narrowest layers: leave YNN the matrix products alone.
     """
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
