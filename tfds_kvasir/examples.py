@@ -23,13 +23,19 @@ def features() -> tfds.features.FeaturesDict:
     )
 
 
-def default_format(builder: tfds.core.DatasetBuilder) -> None:
-    """Choose array_record for a dataset not prepared yet where TensorFlow is missing.
+class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A builder that needs no TensorFlow."""
 
-    TFDS' own choice is tfrecord, which needs it.
-    """
-    if importlib.util.find_spec("tensorflow") is None and not builder.data_path.exists():
-        builder.info.set_file_format("array_record", override=True)
+    def __init__(self, *, file_format: str | tfds.core.FileFormat | None = None, **kwargs):
+        """Args beyond TFDS' own:
+
+        file_format: of the dataset to prepare; by default TFDS' own, which is tfrecord, or
+            array_record where TensorFlow is missing.
+        """
+        super().__init__(file_format=file_format, **kwargs)
+        no_tensorflow = importlib.util.find_spec("tensorflow") is None
+        if file_format is None and no_tensorflow and not self.data_path.exists():
+            self.info.set_file_format("array_record", override=True)
 
 
 def encode_mask(mask: np.ndarray) -> bytes:

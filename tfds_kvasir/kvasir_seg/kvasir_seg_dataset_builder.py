@@ -14,7 +14,7 @@ import requests
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tfds_kvasir.examples import boxes, default_format, encode_mask, features
+from tfds_kvasir.examples import SegmentationBuilder, boxes, encode_mask, features
 
 URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
 THRESHOLD = 127  # JPEG left no grey of any mask in 11..244
@@ -49,7 +49,7 @@ _DESCRIPTIONS = {
 _SPLITS = json.loads(Path(__file__).with_name("splits.json").read_text())
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(SegmentationBuilder):
     """Kvasir-SEG; README.md beside this file says what is in it."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -61,25 +61,15 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         for name, description in _DESCRIPTIONS.items()
     ]
 
-    def __init__(
-        self,
-        *,
-        kvasir_zip: str | os.PathLike[str] | None = None,
-        file_format: str | tfds.core.FileFormat | None = None,
-        **kwargs,
-    ):
-        """Args beyond TFDS' own:
+    def __init__(self, *, kvasir_zip: str | os.PathLike[str] | None = None, **kwargs):
+        """Args beyond those of every `SegmentationBuilder`:
 
         kvasir_zip: path of kvasir-seg.zip. Without it: the environment variable KVASIR_SEG_ZIP,
             then kvasir-seg.zip in TFDS' manual_dir, then the download. It is read only where
             the dataset is not prepared yet.
-        file_format: of the dataset to prepare; by default TFDS' own, which is tfrecord, or
-            array_record where TensorFlow is missing.
         """
-        super().__init__(file_format=file_format, **kwargs)
+        super().__init__(**kwargs)
         self._kvasir_zip = kvasir_zip
-        if file_format is None:
-            default_format(self)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(

@@ -7,28 +7,18 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tfds_kvasir.examples import boxes, default_format, encode_mask, features
+from tfds_kvasir.examples import SegmentationBuilder, boxes, encode_mask, features
 from tfds_kvasir.synthetic_polyps.draw import draw
 
 SEED = 0
 SIZES = {"train": 320, "validation": 40, "test": 80}
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(SegmentationBuilder):
     """Drawn polyps; README.md beside this file says what is in it."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "440 pictures of 128x128 from seed 0."}
-
-    def __init__(self, *, file_format: str | tfds.core.FileFormat | None = None, **kwargs):
-        """Args beyond TFDS' own:
-
-        file_format: of the dataset to prepare; by default TFDS' own, which is tfrecord, or
-            array_record where TensorFlow is missing.
-        """
-        super().__init__(file_format=file_format, **kwargs)
-        if file_format is None:
-            default_format(self)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
