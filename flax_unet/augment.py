@@ -4,8 +4,29 @@ An augmentation is a function `(key, image, mask) -> (image, mask)` of a batch. 
 of its own, so it is changed alike whatever the batch around it.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from flax_unet.data import as_float
+
+Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+# The share of each primary in grey: ITU-R BT.601, which Pillow's "L" follows.
+LUMA = (0.299, 0.587, 0.114)
+
+
+def chain(*augments: Augment) -> Augment:
+    """The augmentations one after the other, each with randomness of its own."""
+
+    def chained(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        for i, augment in enumerate(augments):
+            image, mask = augment(jax.random.fold_in(key, i), image, mask)
+        return image, mask
+
+    return chained
 
 
 def random_flips(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -22,5 +43,184 @@ def random_flips(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax
         x = jnp.where(upside_down, x[::-1], x)
         return jnp.where(mirrored, x[:, ::-1], x)
 
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(image)))
+    keys = _keys(key, image)
     return jax.vmap(flip)(keys, image), jax.vmap(flip)(keys, mask)
+
+
+def random_affine(
+    key: jax.Array,
+    image: jax.Array,
+    mask: jax.Array,
+    *,
+    rotation: float = 180.0,
+    scale: float = 1.25,
+    shear: float = 10.0,
+    shift: float = 0.1,
+) -> tuple[jax.Array, jax.Array]:
+    """Mirror, turn, scale, shear and shift each image with its mask: one matrix, one resampling.
+
+    Either mirroring has probability 1/2, the rest is uniform. What comes from outside of the
+    picture is black, and no foreground.
+
+    Args:
+        key: a PRNG key.
+        image: [B, H, W, C], uint8 or float in [0, 1].
+        mask: [B, H, W, K] of 0 and 1.
+        rotation: degrees, at most, either way.
+        scale: at most this factor, and at least its inverse; uniform in the logarithm.
+        shear: degrees, at most, either way.
+        shift: share of the height and of the width, at most, either way.
+
+    Returns:
+        The image, float32 in [0, 1], and the mask, uint8: 1 where half of what is there was.
+    """
+
+    def one(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        height, width, channels = image.shape
+        u = jax.random.uniform(key, (7,), minval=-1.0)
+        matrix = affine(
+            rotation=rotation * u[0],
+            scale=scale ** u[1] * jnp.sign(u[2:4]),
+            shear=shear * u[4],
+            shift=shift * u[5:] * jnp.array([height, width]),
+        )
+        both = jnp.concatenate([as_float(image), mask.astype(jnp.float32)], axis=-1)
+        both = warp(both, matrix)
+        return both[..., :channels], (both[..., channels:] >= 0.5).astype(jnp.uint8)
+
+    return jax.vmap(one)(_keys(key, image), image, mask)
+
+
+def affine(
+    *,
+    rotation: ArrayLike = 0.0,
+    scale: ArrayLike = 1.0,
+    shear: ArrayLike = 0.0,
+    shift: ArrayLike = 0.0,
+) -> jax.Array:
+    """The matrix for `warp` that scales a picture, shears, turns and shifts it, in this order.
+
+    Args:
+        rotation: degrees, counter-clockwise.
+        scale: the factor, or that of the rows and that of the columns; negative to mirror.
+        shear: degrees by which a vertical line leans, to the right below.
+        shift: pixels downwards and to the right.
+
+    Returns:
+        Float32 [2, 3].
+    """
+    angle, slope = jnp.deg2rad(rotation), jnp.tan(jnp.deg2rad(shear))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # Written out, for accelerators round the factors of a matrix product.
+    inverse = jnp.array([[cos, sin], [-sin - slope * cos, cos - slope * sin]])
+    inverse = inverse / jnp.broadcast_to(jnp.asarray(scale), (2,))[:, None]
+    offset = -(inverse * jnp.broadcast_to(jnp.asarray(shift), (2,))[None]).sum(1)
+    return jnp.concatenate([inverse, offset[:, None]], axis=1)
+
+
+def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Resample a picture by an affine map, bilinearly, with zeros around it.
+
+    Args:
+        image: float32 [H, W, C].
+        matrix: [2, 3]: the pixel at (row, column) is taken from matrix @ (row, column, 1), both
+            counted from the picture's centre.
+
+    Returns:
+        Float32 [H, W, C].
+    """
+    height, width, _ = image.shape
+    middle = (height - 1) / 2, (width - 1) / 2
+    row = jnp.arange(height)[:, None] - middle[0]
+    column = jnp.arange(width)[None] - middle[1]
+
+    def position(axis: int, size: int) -> tuple[jax.Array, jax.Array]:
+        """The pixel before the point, counted in the padded picture, and the way on to the next."""
+        a, b, c = matrix[axis]
+        at = jnp.clip(a * row + b * column + c + middle[axis], -1, size) + 1
+        before = jnp.floor(at)
+        return before.astype(jnp.int32), (at - before)[..., None]
+
+    (y, dy), (x, dx) = position(0, height), position(1, width)
+    padded = jnp.pad(image, ((1, 2), (1, 2), (0, 0)))
+
+    def pixel(y: jax.Array, x: jax.Array) -> jax.Array:
+        return padded.at[y, x].get(mode="promise_in_bounds")
+
+    above = pixel(y, x) * (1 - dx) + pixel(y, x + 1) * dx
+    below = pixel(y + 1, x) * (1 - dx) + pixel(y + 1, x + 1) * dx
+    return above * (1 - dy) + below * dy
+
+
+def random_colour(
+    key: jax.Array,
+    image: jax.Array,
+    mask: jax.Array,
+    *,
+    brightness: float = 0.2,
+    contrast: float = 0.2,
+    saturation: float = 0.2,
+    hue: float = 10.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Change the colours of each image, uniformly; its mask stays.
+
+    Args:
+        key: a PRNG key.
+        image: [B, H, W, 3], uint8 or float in [0, 1].
+        mask: anything.
+        brightness, contrast, saturation: the factors are 1 plus or minus this, at most.
+        hue: degrees, at most, either way.
+
+    Returns:
+        The image, float32 in [0, 1], and the mask.
+    """
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        u = jax.random.uniform(key, (4,), minval=-1.0)
+        return recolour(
+            image,
+            brightness=1 + brightness * u[0],
+            contrast=1 + contrast * u[1],
+            saturation=1 + saturation * u[2],
+            hue=hue * u[3],
+        )
+
+    return jax.vmap(one)(_keys(key, image), as_float(image)), mask
+
+
+def recolour(
+    image: jax.Array,
+    *,
+    brightness: ArrayLike = 1.0,
+    contrast: ArrayLike = 1.0,
+    saturation: ArrayLike = 1.0,
+    hue: ArrayLike = 0.0,
+) -> jax.Array:
+    """Change brightness, contrast, saturation and hue, in this order, by one matrix.
+
+    The first three mix the image with black, with its mean grey and with its own grey, as Pillow's
+    `ImageEnhance` does; hue turns the colours about the grey axis (Rodrigues' formula).
+
+    Args:
+        image: float32 [H, W, 3] in [0, 1].
+        brightness, contrast, saturation: factors; 1 changes nothing, 0 leaves black or grey.
+        hue: degrees; 120 makes red green, green blue and blue red.
+
+    Returns:
+        Float32 [H, W, 3], clipped to [0, 1].
+    """
+    luma = jnp.array(LUMA)
+    cos, sin = jnp.cos(jnp.deg2rad(hue)), jnp.sin(jnp.deg2rad(hue)) / 3**0.5
+    same, before, after = cos + (1 - cos) / 3, (1 - cos) / 3 - sin, (1 - cos) / 3 + sin
+    turn = jnp.array([[same, before, after], [after, same, before], [before, after, same]])
+    # turn @ (saturation * identity + (1 - saturation) * grey), and turn leaves grey as it is
+    matrix = saturation * turn + (1 - saturation) * jnp.broadcast_to(luma[None], (3, 3))
+    mean_grey = brightness * (image.mean((0, 1)) * luma).sum()
+    # Written out, for accelerators round the factors of a matrix product.
+    mixed = (image[..., None, :] * (brightness * contrast * matrix)[None, None]).sum(-1)
+    return jnp.clip(mixed + (1 - contrast) * mean_grey, 0, 1)
+
+
+def _keys(key: jax.Array, image: jax.Array) -> jax.Array:
+    """A key for each image of a batch, which depends on its place alone."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(image)))

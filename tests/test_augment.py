@@ -1,18 +1,41 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
-from flax_unet.augment import random_flips
+from flax_unet import augment
 
 
-def pictures(n):
-    image = jax.random.bits(jax.random.key(1), (n, 5, 7, 3), jnp.uint8)
+def pictures(n, size=(5, 7)):
+    image = jax.random.bits(jax.random.key(1), (n, *size, 3), jnp.uint8)
     return image, (image[..., :1] > 128).astype(jnp.uint8)
+
+
+def smooth(size=(24, 32)):
+    """A picture without hard edges: float32 [H, W, 3] in [0.2, 0.8]."""
+    y, x = np.mgrid[: size[0], : size[1]] / 5
+    waves = np.stack([np.sin(x + y), np.cos(x - 2 * y), np.sin(2 * x)], -1)
+    return (0.5 + 0.3 * waves).astype(np.float32)
+
+
+every = pytest.mark.parametrize(
+    "change",
+    [
+        augment.random_flips,
+        augment.random_affine,
+        augment.random_colour,
+        augment.chain(augment.random_affine, augment.random_colour),
+    ],
+    ids=["flips", "affine", "colour", "chain"],
+)
 
 
 def test_each_image_is_one_of_its_four_mirrorings_and_its_mask_the_same():
     image, mask = pictures(400)
-    flipped, flipped_mask = jax.jit(random_flips)(jax.random.key(0), image, mask)
+    flipped, flipped_mask = jax.jit(augment.random_flips)(jax.random.key(0), image, mask)
     assert (flipped.dtype, flipped_mask.dtype) == (jnp.uint8, jnp.uint8)
     seen = np.zeros(4, int)
     for x, m, y, n in zip(*map(np.asarray, (image, mask, flipped, flipped_mask)), strict=True):
@@ -28,10 +51,142 @@ def test_each_image_is_one_of_its_four_mirrorings_and_its_mask_the_same():
     assert (abs(seen - 100) < 40).all()  # more than four standard deviations
 
 
-def test_an_image_alone_is_flipped_as_in_a_batch():
+@every
+def test_an_image_alone_is_changed_as_in_a_batch(change):
     image, mask = pictures(6)
-    key = jax.random.key(3)
-    together = random_flips(key, image, mask)
-    alone = random_flips(key, image[:1], mask[:1])
-    np.testing.assert_array_equal(together[0][:1], alone[0])
-    np.testing.assert_array_equal(together[1][:1], alone[1])
+    for seed in range(8):
+        together = change(jax.random.key(seed), image, mask)
+        alone = change(jax.random.key(seed), image[:1], mask[:1])
+        for a, b in zip(together, alone, strict=True):
+            np.testing.assert_allclose(a[:1], b, atol=1e-6)
+
+
+@every
+def test_images_and_keys_are_changed_each_in_its_own_way(change):
+    image, mask = (x.repeat(32, 0) for x in pictures(1))
+    results = [np.asarray(change(jax.random.key(seed), image, mask)[0]) for seed in (0, 1)]
+    assert (results[0] != results[1]).any()
+    kinds = {one.tobytes() for one in results[0]}
+    assert len(kinds) == (4 if change is augment.random_flips else 32)
+
+
+def test_parameters_that_change_nothing_change_nothing():
+    image, _ = pictures(1)
+    image = image[0] / jnp.float32(255)
+    np.testing.assert_array_equal(augment.warp(image, augment.affine()), image)
+    np.testing.assert_array_equal(augment.recolour(image), image)
+
+
+@pytest.mark.parametrize(
+    ("change", "moved"),
+    [
+        ({"rotation": 90}, lambda x: np.rot90(x)),
+        ({"rotation": -180}, lambda x: x[::-1, ::-1]),
+        ({"scale": np.array([-1, 1])}, lambda x: x[::-1]),
+        ({"scale": np.array([1, -1])}, lambda x: x[:, ::-1]),
+        ({"shift": np.array([2, -3])}, lambda x: np.pad(x, ((2, 0), (0, 3), (0, 0)))[:-2, 3:]),
+        ({"shear": 45}, lambda x: np.stack([np.roll(r, i - 4, 0) for i, r in enumerate(x)])),
+    ],
+    ids=["turn", "turn back", "mirror rows", "mirror columns", "shift", "shear"],
+)
+def test_moves_that_can_be_made_by_hand(change, moved):
+    image = np.zeros((9, 9, 3), np.float32)
+    image[2:7, 3:6] = np.random.default_rng(0).random((5, 3, 3))
+    result = augment.warp(jnp.asarray(image), augment.affine(**change))
+    np.testing.assert_allclose(result, moved(image), atol=1e-5)
+
+
+def test_a_warp_is_scipys_of_the_composed_matrix():
+    image = smooth()
+    middle = (np.array(image.shape[:2]) - 1) / 2
+    turn, lean = np.deg2rad(35), np.tan(np.deg2rad(12))
+    turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    forward = turned @ [[1, 0], [lean, 1]] @ np.diag([-1.3, 0.8])
+    inverse, shift = np.linalg.inv(forward), np.array([3.5, -2.25])
+    expected = np.stack(
+        [
+            ndimage.affine_transform(
+                channel.astype(np.float64),
+                inverse,
+                middle - inverse @ (middle + shift),
+                order=1,
+                mode="grid-constant",
+            )
+            for channel in np.moveaxis(image, -1, 0)
+        ],
+        axis=-1,
+    )
+    matrix = augment.affine(rotation=35, scale=jnp.array([-1.3, 0.8]), shear=12, shift=shift)
+    result = jax.jit(augment.warp)(image, matrix)
+    assert (expected == 0).any() and (expected > 0).mean() > 0.5
+    np.testing.assert_allclose(result, expected, atol=2e-5)
+
+
+def test_a_rotation_is_pillows():
+    image = (255 * smooth((32, 32))).astype(np.uint8)
+    expected = np.asarray(Image.fromarray(image).rotate(30, Image.Resampling.BILINEAR))
+    result = augment.warp(image / jnp.float32(255), augment.affine(rotation=30))
+    inside = np.asarray(expected.min(-1) > 0)
+    inside = ndimage.binary_erosion(inside, iterations=2)  # Pillow treats the frame in its own way
+    assert inside.mean() > 0.5
+    assert abs(255 * np.asarray(result) - expected)[inside].max() < 1.01
+
+
+def test_image_and_mask_move_together_and_masks_stay_0_and_1():
+    y, x = np.mgrid[:64, :64]
+    disc = ((y - 24) ** 2 + (x - 38) ** 2 < 15**2).astype(np.uint8)[None, ..., None]
+    disc = disc.repeat(64, 0)
+    image = 255 * disc.repeat(3, -1)
+    warped, mask = jax.jit(augment.random_affine)(jax.random.key(0), image, disc)
+    assert warped.dtype == jnp.float32 and mask.dtype == jnp.uint8
+    assert set(np.unique(mask)) == {0, 1}
+    np.testing.assert_array_equal(mask[..., 0] == 1, np.asarray(warped)[..., 0] >= 0.5)
+    # a scale is between 0.8 and 1.25, and the shear keeps areas; some discs leave the frame
+    area = np.asarray(mask).sum((1, 2, 3)) / disc[0].sum()
+    assert area.max() < 1.25**2 * 1.05 and 0.8**2 * 0.95 < np.median(area)
+    assert area.max() > 1.2 and area.min() < 0.75
+    assert len({ndimage.center_of_mass(m) for m in np.asarray(mask)}) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "enhance"),
+    [
+        ("brightness", ImageEnhance.Brightness),
+        ("contrast", ImageEnhance.Contrast),
+        ("saturation", ImageEnhance.Color),
+    ],
+)
+@pytest.mark.parametrize("factor", [0.0, 0.6, 1.3])
+def test_brightness_contrast_and_saturation_are_pillows(name, enhance, factor):
+    image = (255 * smooth()).astype(np.uint8)
+    expected = np.asarray(enhance(Image.fromarray(image)).enhance(factor), np.float32)
+    result = 255 * np.asarray(augment.recolour(image / jnp.float32(255), **{name: factor}))
+    assert abs(result - expected).max() < 1.6  # Pillow rounds the grey, and the result down
+
+
+def test_hue_turns_the_colours_about_the_grey_axis():
+    image = jnp.asarray(smooth())
+    third = augment.recolour(image, hue=120)
+    np.testing.assert_allclose(third, jnp.roll(image, 1, axis=-1), atol=1e-6)
+    axis = np.deg2rad(25) * np.ones(3) / np.sqrt(3)
+    expected = Rotation.from_rotvec(axis).apply(np.asarray(image).reshape(-1, 3))
+    result = augment.recolour(image, hue=25)
+    np.testing.assert_allclose(result.reshape(-1, 3), expected.clip(0, 1), atol=1e-6)
+
+
+def test_colours_are_changed_in_the_order_that_is_stated():
+    changes = {"brightness": 0.9, "contrast": 1.2, "saturation": 0.7, "hue": 20.0}
+    image = expected = jnp.asarray(smooth())
+    for name, value in changes.items():
+        expected = augment.recolour(expected, **{name: value})
+    assert 0 < expected.min() and expected.max() < 1  # nothing was clipped on the way
+    np.testing.assert_allclose(augment.recolour(image, **changes), expected, atol=1e-5)
+
+
+def test_colours_leave_the_mask_and_the_range():
+    image, mask = pictures(16, (16, 16))
+    changed, same = augment.random_colour(
+        jax.random.key(0), image, mask, brightness=0.9, contrast=0.9
+    )
+    np.testing.assert_array_equal(same, mask)
+    assert changed.dtype == jnp.float32 and changed.min() == 0 and changed.max() == 1
