@@ -30,7 +30,7 @@ class Config:
     workdir: Path
     """Folder of the run: config.json, metrics.jsonl, checkpoints, pictures."""
     recipe: Literal["unet", "article"] = "unet"
-    """unet: the article's widths, group norm and flips; article: the article's network."""
+    """unet: the article's widths, instance norm and flips; article: the article's network."""
     dataset: Literal["kvasir_seg", "synthetic_polyps", "folder"] = "kvasir_seg"
     """folder: the pictures in --images and --masks, paired by stem."""
     protocol: Literal["article", "medico", "effisegnet", "sorted42"] = "article"
@@ -95,20 +95,16 @@ def make_recipe(config: Config) -> Recipe:
         raise ValueError(f"seed is {config.seed}: it must not be negative")
     if not 1 <= len(config.features) <= len(UNet.features) or min(config.features) < 1:
         raise ValueError(f"features is {config.features}: give one to six positive numbers")
-    rates = ARTICLE.dropout
-    assert isinstance(rates, tuple)
-    model = ARTICLE.clone(
-        features=config.features,
-        groups=None if config.recipe == "article" else 8,
-        dropout=rates[: len(config.features)],
-        dtype=jnp.dtype(config.dtype),
-    )
+    size = {"features": config.features, "dtype": jnp.dtype(config.dtype)}
+    if config.recipe == "article":
+        assert isinstance(ARTICLE.dropout, tuple)
+        model = ARTICLE.clone(**size, dropout=ARTICLE.dropout[: len(config.features)])
+        change = None
+    else:
+        model, change = UNet(**size), augment.random_flips
     if config.image_size % model.stride:
         raise ValueError(f"image_size {config.image_size} is no multiple of {model.stride}")
-    tx = keras_adam(config.learning_rate)
-    return Recipe(
-        model, tx, losses.bce, None if config.recipe == "article" else augment.random_flips
-    )
+    return Recipe(model, keras_adam(config.learning_rate), losses.bce, change)
 
 
 def abstract_state(config: Config) -> train.TrainState:

@@ -34,11 +34,13 @@ class Dropout(nn.Module):
 class GroupNorm(nn.Module):
     """Group normalisation of [B, H, W, C]: Wu, He: "Group Normalization", ECCV 2018.
 
+    Groups of one channel are instance normalisation: Ulyanov, Vedaldi, Lempitsky, 2016.
+
     Moments are taken of each channel first and of each group after: one pass over the channels as
     they lie in memory, where a reshape into groups costs several.
     """
 
-    groups: int
+    group_size: int
     epsilon: float = 1e-6
 
     @nn.compact
@@ -48,8 +50,8 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (c,))
 
         def group_mean(moment: jax.Array) -> jax.Array:
-            of_group = moment.reshape(b, self.groups, -1).mean(-1, keepdims=True)
-            return jnp.broadcast_to(of_group, (b, self.groups, c // self.groups)).reshape(b, c)
+            of_group = moment.reshape(b, -1, self.group_size).mean(-1)
+            return of_group.repeat(self.group_size, axis=1)
 
         wide = x.astype(jnp.float32)
         mean, square = group_mean(wide.mean((1, 2))), group_mean((wide * wide).mean((1, 2)))
@@ -59,14 +61,14 @@ class GroupNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """`convs` times 3x3 convolution, group norm (unless `groups` is None) and ReLU.
+    """`convs` times 3x3 convolution, group norm (unless `group_size` is None) and ReLU.
 
     Dropout stands before the last convolution.
     """
 
     features: int
     convs: int
-    groups: int | None
+    group_size: int | None
     dropout: float
     dtype: DTypeLike
 
@@ -76,8 +78,8 @@ class Block(nn.Module):
             if i == self.convs - 1:
                 x = Dropout(self.dropout)(x, train)
             x = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=he_normal)(x)
-            if self.groups is not None:
-                x = GroupNorm(self.groups)(x)
+            if self.group_size is not None:
+                x = GroupNorm(self.group_size)(x)
             x = nn.relu(x)
         return x
 
@@ -116,7 +118,8 @@ class UNet(nn.Module):
         features: channels of each level, the last being the bottleneck's.
         num_classes: channels of the logits; each is a yes or no of its own (sigmoid).
         convs: 3x3 convolutions a block.
-        groups: groups of the group norm after each convolution; None for no normalisation.
+        group_size: channels a group of the group norm after each convolution; 1 is instance norm,
+            None no normalisation.
         dropout: share dropped in each level's blocks, or one share a level.
         dtype: type of the computation; parameters and logits are float32.
     """
@@ -124,7 +127,7 @@ class UNet(nn.Module):
     features: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     num_classes: int = 1
     convs: int = 3
-    groups: int | None = 8
+    group_size: int | None = 1
     dropout: float | tuple[float, ...] = 0.0
     dtype: DTypeLike = jnp.float32
 
@@ -161,10 +164,11 @@ class UNet(nn.Module):
             )
         if not all(0 <= rate < 1 for rate in rates):
             raise ValueError(f"dropout is {self.dropout}: each rate must be in [0, 1)")
-        if self.groups is not None and any(f % self.groups for f in self.features):
+        size = self.group_size
+        if size is not None and (size < 1 or any(f % size for f in self.features)):
             raise ValueError(
-                f"features {self.features} cannot be split into {self.groups} groups: "
-                "choose multiples, or groups=None"
+                f"features {self.features} cannot be split into groups of {size}: choose "
+                "multiples, or group_size=None"
             )
         if image.ndim != 4 or image.shape[1] % self.stride or image.shape[2] % self.stride:
             raise ValueError(
@@ -174,7 +178,7 @@ class UNet(nn.Module):
 
         def block(level: int, name: str) -> Block:
             return Block(
-                self.features[level], self.convs, self.groups, rates[level], self.dtype, name=name
+                self.features[level], self.convs, size, rates[level], self.dtype, name=name
             )
 
         *outer, bottleneck = range(levels)
@@ -193,4 +197,4 @@ class UNet(nn.Module):
 
 
 #: The tutorial's network: 11,707,729 parameters, with Keras' initial distributions.
-ARTICLE = UNet(groups=None, dropout=(0.1, 0.1, 0.2, 0.2, 0.3, 0.3))
+ARTICLE = UNet(group_size=None, dropout=(0.1, 0.1, 0.2, 0.2, 0.3, 0.3))

@@ -32,15 +32,14 @@ def upsample(x, kernel, bias):
     return y + np.asarray(bias, np.float64)
 
 
-def group_norm(x, groups, scale, bias, epsilon=1e-6):
+def group_norm(x, size, scale, bias, epsilon=1e-6):
     """Each image's groups of neighbouring channels, to mean 0 and variance 1."""
     x = np.asarray(x, np.float64)
     y = np.empty_like(x)
-    width = x.shape[-1] // groups
     for n in range(len(x)):
-        for g in range(groups):
-            part = x[n, ..., g * width : (g + 1) * width]
-            y[n, ..., g * width : (g + 1) * width] = (part - part.mean()) / np.sqrt(
+        for g in range(x.shape[-1] // size):
+            part = x[n, ..., g * size : (g + 1) * size]
+            y[n, ..., g * size : (g + 1) * size] = (part - part.mean()) / np.sqrt(
                 part.var() + epsilon
             )
     return y * np.asarray(scale, np.float64) + np.asarray(bias, np.float64)

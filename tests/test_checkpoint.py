@@ -8,7 +8,7 @@ import pytest
 from flax_unet import checkpoint, losses, train
 from flax_unet.model import UNet
 
-MODEL, TX = UNet(features=(4, 8), groups=2), optax.adam(1e-2)
+MODEL, TX = UNet(features=(4, 8), group_size=2), optax.adam(1e-2)
 create = partial(train.create_train_state, MODEL, TX, image_shape=(1, 8, 8, 3))
 
 

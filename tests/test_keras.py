@@ -35,7 +35,7 @@ def close(ours, keras):
 @pytest.fixture(scope="module")
 def answers():
     """Loss, logits and gradients of the narrow network with Keras' weights."""
-    model = UNet(features=tuple(GOLDEN["features"].tolist()), groups=None, dropout=0.0)
+    model = UNet(features=tuple(GOLDEN["features"].tolist()), group_size=None, dropout=0.0)
     image = jnp.asarray(GOLDEN["image"] / 255, jnp.float32)
     labels = jnp.asarray(GOLDEN["mask"], jnp.float32)
 

@@ -7,7 +7,7 @@ import reference
 
 from flax_unet.model import ARTICLE, Block, Dropout, GroupNorm, UNet, Upsample, max_pool
 
-SMALL = UNet(features=(4, 8, 12), groups=2)
+SMALL = UNet(features=(4, 8, 12), group_size=2)
 
 
 def normal(seed, *shape):
@@ -29,7 +29,7 @@ def test_the_article_has_its_number_of_parameters():
 
 def test_a_block_is_convolutions_and_relu():
     x = normal(0, 2, 5, 6, 3)
-    block = Block(4, convs=2, groups=None, dropout=0.0, dtype=jnp.float32)
+    block = Block(4, convs=2, group_size=None, dropout=0.0, dtype=jnp.float32)
     variables = block.init(jax.random.key(1), x, False)
     expected = x
     for i in range(2):
@@ -41,7 +41,7 @@ def test_a_block_is_convolutions_and_relu():
 
 def test_a_block_with_norm_is_convolution_norm_relu():
     x = normal(0, 2, 5, 6, 3)
-    block = Block(4, convs=1, groups=2, dropout=0.0, dtype=jnp.float32)
+    block = Block(4, convs=1, group_size=2, dropout=0.0, dtype=jnp.float32)
     variables = block.init(jax.random.key(1), x, False)
     conv, norm = variables["params"]["Conv_0"], variables["params"]["GroupNorm_0"]
     norm["scale"], norm["bias"] = normal(2, 4), normal(3, 4)
@@ -50,12 +50,13 @@ def test_a_block_with_norm_is_convolution_norm_relu():
     np.testing.assert_allclose(block.apply(variables, x, False), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_group_norm_equals_the_reference_and_flax_with_its_gradient():
+@pytest.mark.parametrize("size", [1, 3, 12])
+def test_group_norm_equals_the_reference_and_flax_with_its_gradient(size):
     x, scale, bias = 3 * normal(0, 2, 6, 5, 12) + 1, normal(1, 12), normal(2, 12)
     variables = {"params": {"scale": scale, "bias": bias}}
-    ours, flaxs = GroupNorm(4), nn.GroupNorm(4)
+    ours, flaxs = GroupNorm(size), nn.GroupNorm(12 // size)
     np.testing.assert_allclose(
-        ours.apply(variables, x), reference.group_norm(x, 4, scale, bias), rtol=1e-4, atol=1e-5
+        ours.apply(variables, x), reference.group_norm(x, size, scale, bias), rtol=1e-4, atol=1e-5
     )
 
     def gradient(module):
@@ -95,7 +96,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
 
 def test_dropout_stands_before_the_last_convolution_and_only_in_training():
     x = normal(0, 1, 8, 8, 3)
-    block = Block(4, convs=3, groups=None, dropout=0.5, dtype=jnp.float32)
+    block = Block(4, convs=3, group_size=None, dropout=0.5, dtype=jnp.float32)
     variables = block.init(jax.random.key(1), x, False)
 
     def run(train):
@@ -152,7 +153,7 @@ def test_one_image_does_not_see_another():
     [
         (SMALL, (1, 10, 8, 3), "multiples of 4"),
         (SMALL, (8, 8, 3), r"\[B, H, W, C\]"),
-        (SMALL.clone(groups=3), (1, 8, 8, 3), "3 groups"),
+        (SMALL.clone(group_size=3), (1, 8, 8, 3), "groups of 3"),
         (SMALL.clone(dropout=(0.1, 0.1)), (1, 8, 8, 3), "2 rates for 3 levels"),
         (SMALL.clone(dropout=1.0), (1, 8, 8, 3), "must be in"),
     ],

@@ -10,7 +10,7 @@ from PIL import Image
 from flax_unet import data, metrics, predict
 from flax_unet.model import UNet
 
-MODEL = UNet(features=(4, 8, 8), groups=2)
+MODEL = UNet(features=(4, 8, 8), group_size=2)
 
 
 @pytest.fixture(scope="module")

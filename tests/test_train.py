@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from flax_unet import augment, losses, train
 from flax_unet.model import ARTICLE, UNet
 
-MODEL = UNet(features=(4, 8), groups=2, dropout=0.2)
+MODEL = UNet(features=(4, 8), group_size=2, dropout=0.2)
 STILL = MODEL.clone(dropout=0.0)
 TX = optax.adam(1e-3, eps=1e-7)
 
@@ -185,7 +185,7 @@ def test_batch_statistics_would_travel_in_the_state():
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_step_lowers_for_accelerators(platform, dtype):
-    model = ARTICLE.clone(groups=8, dtype=jnp.dtype(dtype))
+    model = ARTICLE.clone(group_size=1, dtype=jnp.dtype(dtype))
     create = partial(train.create_train_state, model, TX, image_shape=(1, 32, 32, 3))
     state = jax.eval_shape(create, jax.random.key(0))
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, make_batch(8, 256)))

@@ -20,7 +20,7 @@ from flax_unet.losses import bce
 from flax_unet.model import UNet
 
 SIZE, BATCH, STEPS = 256, 8, 5
-MODEL = UNet(features=ARTICLE, groups=None)
+MODEL = UNet(features=ARTICLE, group_size=None)
 
 
 def our_params(model) -> dict:
