@@ -195,6 +195,7 @@ def fit(
     workdir, size = config.workdir, config.batch_size
     model, tx, loss_fn, augment = make_recipe(config)
     step_fn = train.make_train_step(model, tx, loss_fn, augment=augment)
+    resident = {split: data.to_device(each) for split, each in arrays.items()}
     n = len(arrays["train"].image)
     steps_per_epoch = -(-n // size)
     first, step = int(state.step) // steps_per_epoch, int(state.step)
@@ -213,23 +214,24 @@ def fit(
             leave=False,
             dynamic_ncols=True,
         )
+        # The figures of a step are fetched while the device is at the next.
+        late: list[tuple[int, dict[str, Any], np.ndarray]] = []
         with bar:
-            for batch in data.batches(arrays["train"], size, order):
+            for batch in data.batches(resident["train"], size, order):
                 state, figures = step_fn(state, batch, key)
                 step += 1
-                records.append(record(figures, batch["weight"]))
-                loss = records[-1]["loss"]
-                check_finite(step, loss=loss, update_norm=records[-1]["update_norm"])
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                bar.update(int(batch["weight"].sum()))
+                late.append((step, figures, batch["weight"]))
+                if len(late) > 1:
+                    settle(*late.pop(0), records, bar)
                 if stop:
                     break
+            settle(*late.pop(0), records, bar)
         if len(records) < steps_per_epoch:  # the next start makes the rest of the epoch
             checkpoint.save(checkpoints, state, {"records": records})
             return
         seconds = time.perf_counter() - started
         validation, _ = predict.evaluate(
-            model, state.variables, arrays["validation"], batch_size=size, loss_fn=loss_fn
+            model, state.variables, resident["validation"], batch_size=size, loss_fn=loss_fn
         )
         check_finite(step, validation_loss=validation["loss"])
         line = {
@@ -254,6 +256,17 @@ def fit(
         checkpoint.save(checkpoints, state, {"records": records}, dice=dice)
         if stop:
             return
+
+
+def settle(
+    step: int, figures: dict[str, Any], weight: np.ndarray, records: list[dict[str, Any]], bar: tqdm
+) -> None:
+    """Wait for the figures of a step, check, record and show them."""
+    records.append(record(figures, weight))
+    loss = records[-1]["loss"]
+    check_finite(step, loss=loss, update_norm=records[-1]["update_norm"])
+    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+    bar.update(int(weight.sum()))
 
 
 def event_writer(workdir: Path, step: int) -> Any:

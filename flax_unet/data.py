@@ -33,14 +33,14 @@ class Arrays(NamedTuple):
     """A data set in memory.
 
     Attributes:
-        image: uint8 [N, H, W, 3].
-        mask: uint8 [N, H, W, 1] of 0 and 1.
+        image: uint8 [N, H, W, 3]; NumPy's, or on a device, see `to_device`.
+        mask: uint8 [N, H, W, 1] of 0 and 1; likewise.
         name: N names.
         fingerprint: of the source it was made from, see `fingerprint`.
     """
 
-    image: np.ndarray
-    mask: np.ndarray
+    image: np.ndarray | jax.Array
+    mask: np.ndarray | jax.Array
     name: list[str]
     fingerprint: str
 
@@ -286,6 +286,11 @@ def _split_of(stem: str) -> str:
     return "train" if share < 0.8 else "validation" if share < 0.9 else "test"
 
 
+def to_device(arrays: Arrays) -> Arrays:
+    """The same on the first device: `batches` then deals out indices, and no picture travels."""
+    return arrays._replace(image=jax.device_put(arrays.image), mask=jax.device_put(arrays.mask))
+
+
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of n images in an epoch: a permutation that depends on the arguments alone."""
     return np.random.default_rng((seed, epoch)).permutation(n)
@@ -293,7 +298,7 @@ def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
 
 def batches(
     arrays: Arrays, batch_size: int, order: np.ndarray | None = None
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[dict[str, Any]]:
     """Deal out batches of one shape; the last is filled with copies of weight 0.
 
     Args:
@@ -302,11 +307,16 @@ def batches(
         order: indices of the images, in the order wanted; by default all as they stand.
 
     Yields:
-        `image` uint8 [B, H, W, 3], `mask` uint8 [B, H, W, 1], `weight` float32 [B].
+        `image` uint8 [B, H, W, 3], `mask` uint8 [B, H, W, 1], `weight` float32 [B]; of arrays on a
+        device, all of `image` and `mask`, and which of them are meant: `index` int32 [B].
     """
     order = np.arange(len(arrays.image)) if order is None else order
     for start in range(0, len(order), batch_size):
         real = order[start : start + batch_size]
         index = np.resize(real, batch_size)
         weight = (np.arange(batch_size) < len(real)).astype(np.float32)
-        yield {"image": arrays.image[index], "mask": arrays.mask[index], "weight": weight}
+        if isinstance(arrays.image, jax.Array):
+            whole = {"image": arrays.image, "mask": arrays.mask}
+            yield whole | {"index": index.astype(np.int32), "weight": weight}
+        else:
+            yield {"image": arrays.image[index], "mask": arrays.mask[index], "weight": weight}

@@ -122,6 +122,7 @@ class UNet(nn.Module):
             None no normalisation.
         dropout: share dropped in each level's blocks, or one share a level.
         dtype: type of the computation; parameters and logits are float32.
+        remat: in the backward pass, compute again what is inside of the blocks.
     """
 
     features: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
@@ -130,6 +131,7 @@ class UNet(nn.Module):
     group_size: int | None = 1
     dropout: float | tuple[float, ...] = 0.0
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     def __post_init__(self):
         for name in ("features", "dropout"):  # a list would make the module unhashable
@@ -176,10 +178,11 @@ class UNet(nn.Module):
                 f"{self.stride}; flax_unet.predict pads and crops for you"
             )
 
-        def block(level: int, name: str) -> Block:
-            return Block(
-                self.features[level], self.convs, size, rates[level], self.dtype, name=name
-            )
+        # The second argument of a block's call, `train`, is no array.
+        make = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+
+        def block(level: int, name: str) -> nn.Module:
+            return make(self.features[level], self.convs, size, rates[level], self.dtype, name=name)
 
         *outer, bottleneck = range(levels)
         x = image.astype(self.dtype)

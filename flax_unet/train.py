@@ -1,7 +1,8 @@
 """The training step: (state, batch, key) to (state, metrics).
 
 A batch is a dict: `image` [B, H, W, 3], uint8 or float in [0, 1]; `mask` [B, H, W, C] of 0 and 1;
-`weight` [B], 0 for an image that only fills the batch and must not count.
+`weight` [B], 0 for an image that only fills the batch and must not count. With an `index` [B] too,
+`image` and `mask` are a whole data set [N, ...] on the device, of which the step takes these.
 """
 
 from collections.abc import Callable, Mapping
@@ -73,6 +74,7 @@ def train_step(
     tx: optax.GradientTransformation,
     loss_fn: Loss,
     augment: Augment | None = None,
+    accumulate: int = 1,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One update of the parameters.
 
@@ -84,6 +86,8 @@ def train_step(
         tx: the optimizer.
         loss_fn: (logits, labels) to a loss an image, [B].
         augment: (key, image, mask) to (image, mask).
+        accumulate: parts into which the batch is split, one after the other: less memory. The
+            update is that of the whole batch, for a model whose images do not see each other.
 
     Returns:
         The next state, and figures: of this batch before the update, `loss`, the mean over its
@@ -91,28 +95,47 @@ def train_step(
         update, its `update_norm`, which is finite where the next parameters are.
 
     Raises:
-        ValueError: the loss has not one value an image, or shapes do not agree.
+        ValueError: the loss has not one value an image, shapes do not agree, or the batch cannot be
+            split into `accumulate` parts.
     """
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-    image, labels, weight = (jnp.asarray(batch[key]) for key in ("image", "mask", "weight"))
+    image, labels, weight = _take(batch)
     if augment is not None:
         image, labels = augment(augment_key, image, labels)
     image, labels = as_float(image), labels.astype(jnp.float32)
+    if len(image) % accumulate:
+        raise ValueError(f"{len(image)} images cannot be split into {accumulate} equal parts")
 
-    def mean_loss(params: Any) -> tuple[jax.Array, Any]:
+    def total_loss(params: Any, model_state: Any, part: Any) -> tuple[jax.Array, Any]:
+        image, labels, part_weight, key = part
         logits, model_state = model.apply(
-            {"params": params, **state.model_state},
+            {"params": params, **model_state},
             image,
             train=True,
-            rngs={"dropout": _rbg(dropout_key)},
-            mutable=list(state.model_state),
+            rngs={"dropout": _rbg(key)},
+            mutable=list(model_state),
         )
         loss = loss_fn(logits, labels)
-        _check_loss(loss, weight)
-        return (weight * loss).sum() / weight.sum(), (logits, model_state)
+        _check_loss(loss, part_weight)
+        return (part_weight * loss).sum() / weight.sum(), (logits, model_state)
 
-    gradient = jax.value_and_grad(mean_loss, has_aux=True)
-    (loss, (logits, model_state)), grads = gradient(state.params)
+    gradient = jax.value_and_grad(total_loss, has_aux=True)
+
+    def add_part(carry: Any, part: Any) -> tuple[Any, jax.Array]:
+        loss, grads, model_state = carry
+        (more, (logits, model_state)), gradient_of_part = gradient(state.params, model_state, part)
+        return (loss + more, optax.tree.add(grads, gradient_of_part), model_state), logits
+
+    if accumulate == 1:
+        part = image, labels, weight, dropout_key
+        (loss, (logits, model_state)), grads = gradient(state.params, state.model_state, part)
+    else:
+        parts = [x.reshape(accumulate, -1, *x.shape[1:]) for x in (image, labels, weight)]
+        nothing = jnp.zeros(()), optax.tree.zeros_like(state.params), state.model_state
+        (loss, grads, model_state), logits = jax.lax.scan(
+            add_part, nothing, (*parts, jax.random.split(dropout_key, accumulate))
+        )
+        logits = logits.reshape(-1, *logits.shape[2:])
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     figures = {
@@ -126,7 +149,7 @@ def train_step(
 
 def eval_step(variables: Any, batch: Batch, *, model: nn.Module, loss_fn: Loss) -> dict[str, Any]:
     """Figures of a batch: `loss` of each image [B], `iou_coef`, and `confusion` [B, C]."""
-    image, labels, weight = (jnp.asarray(batch[key]) for key in ("image", "mask", "weight"))
+    image, labels, weight = _take(batch)
     logits: Any = model.apply(variables, as_float(image))
     labels = labels.astype(jnp.float32)
     loss = loss_fn(logits, labels)
@@ -138,6 +161,14 @@ def eval_step(variables: Any, batch: Batch, *, model: nn.Module, loss_fn: Loss) 
     }
 
 
+def _take(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The image, mask and weight of a batch, gathered from the data set if it has an `index`."""
+    image, labels, weight = (jnp.asarray(batch[key]) for key in ("image", "mask", "weight"))
+    if "index" in batch:
+        image, labels = (jnp.take(x, batch["index"], axis=0, mode="clip") for x in (image, labels))
+    return image, labels, weight
+
+
 def _check_loss(loss: jax.Array, weight: jax.Array) -> None:
     if loss.shape != weight.shape or loss.ndim != 1:
         raise ValueError(
@@ -147,20 +178,22 @@ def _check_loss(loss: jax.Array, weight: jax.Array) -> None:
 
 
 @cache
-def compiler_options() -> dict[str, str]:
+def compiler_options(remat: bool = False) -> dict[str, str]:
     """What XLA should be told on this backend.
 
     On jax 0.10 the CPU backend hands convolutions to YNN, which takes 1.5 to 4 times as long as
-    Eigen for all but the narrowest layers: leave YNN the matrix products alone.
+    Eigen for all but the narrowest layers: leave YNN the matrix products alone. And it removes the
+    barriers that keep what is to be computed again from being merged with what was computed first.
     """
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
     if jax.default_backend() != "cpu":
         return {}
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if remat else {}
+    convolutions = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
     try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+        jax.jit(lambda: 0, compiler_options=convolutions).lower().compile()
     except Exception:  # an older or newer XLA that knows no such flag: its type differs by version
-        return {}
-    return options
+        return options
+    return options | convolutions
 
 
 def make_train_step(
@@ -169,22 +202,30 @@ def make_train_step(
     loss_fn: Loss,
     *,
     augment: Augment | None = None,
+    remat: bool = False,
+    accumulate: int = 1,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Compile `train_step`; the state given to it is donated, so use the one that it returns.
 
     Args:
-        model, tx, loss_fn, augment: as `train_step` takes them.
-        mesh: devices over which the batch is split; the state is the same on each of them.
+        model, tx, loss_fn, augment, accumulate: as `train_step` takes them.
+        remat: keep only what passes between the model's blocks for the backward pass, and compute
+            the rest again: less memory, more time. The model must have such an attribute.
+        mesh: devices over which the arrays of a batch are split, a whole data set too; the state is
+            the same on each of them.
     """
-    step = partial(train_step, model=model, tx=tx, loss_fn=loss_fn, augment=augment)
+    model = model.clone(remat=True) if remat else model
+    step = partial(
+        train_step, model=model, tx=tx, loss_fn=loss_fn, augment=augment, accumulate=accumulate
+    )
     whole, split = _shardings(mesh)
     return jax.jit(
         step,
         in_shardings=(whole, split, whole),
         out_shardings=whole,
         donate_argnums=0,
-        compiler_options=compiler_options(),
+        compiler_options=compiler_options(remat),
     )
 
 

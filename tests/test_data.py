@@ -285,6 +285,17 @@ def test_batches_have_one_shape_and_the_filling_no_weight():
     assert [len(b["mask"]) for b in data.batches(arrays, 16)] == [16]
 
 
+def test_arrays_on_a_device_are_dealt_out_by_index():
+    arrays = Arrays(np.arange(7 * 3).reshape(7, 1, 1, 3), np.arange(7).reshape(7, 1, 1, 1), [], "")
+    order, resident = np.array([6, 5, 4, 3, 2, 1, 0]), data.to_device(arrays)
+    pairs = zip(data.batches(arrays, 4, order), data.batches(resident, 4, order), strict=True)
+    for batch, held in pairs:
+        assert held["image"] is resident.image and held["index"].dtype == np.int32
+        np.testing.assert_array_equal(batch["image"], held["image"][held["index"]])
+        np.testing.assert_array_equal(batch["mask"], held["mask"][held["index"]])
+        np.testing.assert_array_equal(batch["weight"], held["weight"])
+
+
 def test_the_order_follows_seed_and_epoch_alone():
     a, b = data.shuffled(100, 1, 2), data.shuffled(100, 1, 2)
     np.testing.assert_array_equal(a, b)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_unet import augment, losses, train
 from flax_unet.model import ARTICLE, UNet
@@ -126,6 +126,65 @@ def test_the_augmentation_is_applied_to_image_and_mask():
     np.testing.assert_allclose(figures["loss"], expected["loss"], rtol=1e-6)
 
 
+def resident(batch, place):
+    """The batch as indices into a data set that holds its images in another order, and others."""
+    n = len(batch["weight"])
+    other = make_batch(n, seed=99)
+    order = np.random.default_rng(0).permutation(2 * n)
+    index = np.argsort(order)[:n].astype(np.int32)
+    whole = {k: place(np.concatenate([batch[k], other[k]])[order]) for k in ("image", "mask")}
+    return whole | {"index": index, "weight": batch["weight"]}
+
+
+@pytest.mark.parametrize("place", [np.asarray, jax.device_put])
+def test_indices_into_a_data_set_are_as_good_as_a_batch(place):
+    batch, key, step = make_batch(), jax.random.key(1), make_step()
+    expected = step(make_state(), batch, key)
+    result = step(make_state(), resident(batch, place), key)
+    assert_close(expected, result, rtol=1e-6, atol=1e-7)
+    evaluate, variables = train.make_eval_step(MODEL, losses.bce), result[0].variables
+    assert_close(evaluate(variables, batch), evaluate(variables, resident(batch, place)), rtol=1e-6)
+
+
+def test_a_step_moves_nothing_between_host_and_device():
+    state, step, key = make_state(), make_step(augment=augment.random_flips), jax.random.key(1)
+    batch = jax.device_put(resident(make_batch(), np.asarray))
+    state, _ = step(state, batch, key)
+    with jax.transfer_guard("disallow"):
+        step(state, batch, key)
+
+
+def test_rematerialisation_changes_no_result_and_keeps_less():
+    batch, key = make_batch(4, 32), jax.random.key(1)
+    deep = UNet(features=(4, 4, 4), group_size=2, dropout=0.2)
+    kept, results = [], []
+    for remat in (False, True):
+        step = make_step(deep, remat=remat)
+        compiled = step.trace(make_state(deep), batch, key).lower().compile()
+        kept.append(compiled.memory_analysis().temp_size_in_bytes)
+        results.append(step(make_state(deep), batch, key))
+    assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert kept[1] < 0.8 * kept[0]
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_gradients_are_those_of_the_batch(parts):
+    sgd = optax.sgd(1.0)  # the update is the gradient
+    batch, key = make_batch(), jax.random.key(1)
+    batch["weight"][5:] = 0
+    start = jax.device_get(make_state(STILL, sgd).params)
+    whole, figures = make_step(STILL, sgd)(make_state(STILL, sgd), batch, key)
+    summed, same = make_step(STILL, sgd, accumulate=parts)(make_state(STILL, sgd), batch, key)
+    for a, b, c in zip(*map(jax.tree.leaves, (start, whole.params, summed.params)), strict=True):
+        np.testing.assert_allclose(a - c, a - b, atol=1e-5 * abs(a - b).max())
+    assert_close(figures, same, rtol=1e-5)
+
+
+def test_a_batch_that_cannot_be_split_is_refused():
+    with pytest.raises(ValueError, match="8 images cannot be split into 3"):
+        make_step(accumulate=3)(make_state(), make_batch(), jax.random.key(1))
+
+
 def test_four_devices_are_as_good_as_one():
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
     key, batches = jax.random.key(1), [make_batch(seed=s) for s in range(3)]
@@ -137,6 +196,11 @@ def test_four_devices_are_as_good_as_one():
         results.append((jax.device_get(state.params), jax.device_get(figures)))
     assert len(state.step.sharding.device_set) == 4
     assert_close(*results, rtol=1e-4, atol=1e-5)
+    step = make_step(augment=augment.random_flips, mesh=mesh)
+    split = NamedSharding(mesh, PartitionSpec("batch"))
+    held = resident(batches[0], lambda x: jax.device_put(x, split))
+    alone = make_step(augment=augment.random_flips)(make_state(), batches[0], key)
+    assert_close(step(make_state(), held, key), alone, rtol=1e-4, atol=1e-5)
     evaluate = train.make_eval_step(MODEL, losses.bce, mesh=mesh)
     alone = train.make_eval_step(MODEL, losses.bce)
     variables = {"params": results[0][0]}
