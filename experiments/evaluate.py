@@ -12,6 +12,7 @@ from recipes import (
     Config,
     absolute,
     draw_panels,
+    keep_compiled,
     load_split,
     make_recipe,
     open_sources,
@@ -107,6 +108,7 @@ def run(options: Options) -> None:
 
 def main(args: list[str] | None = None) -> int:
     options = absolute(tyro.cli(Options, description=__doc__, args=args))
+    keep_compiled()
     try:
         run(options)
     except (ValueError, OSError) as error:

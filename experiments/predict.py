@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import tyro
 from PIL import Image
-from recipes import absolute, restore_run
+from recipes import absolute, keep_compiled, restore_run
 from tqdm import tqdm
 
 from flax_unet import data, draw, predict
@@ -71,6 +71,7 @@ def run(options: Options) -> int:
 
 def main(args: list[str] | None = None) -> int:
     options = absolute(tyro.cli(Options, description=__doc__, args=args))
+    keep_compiled()
     try:
         return min(run(options), 1)
     except (ValueError, OSError) as error:

@@ -1,9 +1,13 @@
 """What a run is: its configuration, the recipe and data that follow from it, its config.json."""
 
 import contextlib
+import glob
+import hashlib
 import json
 import os
 import platform
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -155,8 +159,39 @@ def load_split(
             f"the {split} split of the {total} pictures is empty: the splits are about 80, 10 and "
             "10 % of them, so add some"
         )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flax_unet"
-    return data.load(sources[split], config.image_size, cache=cache)
+    return data.load(sources[split], config.image_size, cache=cache_folder())
+
+
+def cache_folder() -> Path:
+    """Where the programs keep what takes long to make: decoded pictures and compiled steps."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax_unet"
+
+
+def keep_compiled() -> None:
+    """Have XLA find at the next start what it compiles now, in the cache folder.
+
+    A folder named by the environment variable JAX_COMPILATION_CACHE_DIR is taken instead.
+    """
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if folder is None:
+        # JAX does not ask which processor an entry was made for: homes are shared between machines.
+        cpu = Path("/proc/cpuinfo")
+        text = cpu.read_text() if cpu.is_file() else platform.processor()
+        features = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
+        kind = hashlib.sha256("".join(features[:1] or text).encode()).hexdigest()[:16]
+        folder = str(cache_folder() / f"xla-{kind}")
+        jax.config.update("jax_compilation_cache_dir", folder)
+    show = warnings.showwarning
+
+    def mended(message: Warning | str, *where: Any) -> None:
+        """JAX never writes over an entry that it cannot read, such as a killed run leaves."""
+        words = "Error reading persistent compilation cache entry for '([^']+)'"
+        if found := re.match(words, str(message)):
+            for entry in Path(folder).glob(f"{glob.escape(found[1])}-*"):
+                entry.unlink(missing_ok=True)
+        show(message, *where)
+
+    warnings.showwarning = mended
 
 
 def to_json(config: Config, fingerprints: dict[str, str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from recipes import (
     absolute,
     abstract_state,
     draw_panels,
+    keep_compiled,
     load_split,
     make_recipe,
     open_sources,
@@ -303,6 +304,7 @@ def report(line: dict[str, Any], epochs: int, events: Any) -> None:
 
 def main(args: list[str] | None = None) -> int:
     config = absolute(tyro.cli(Config, description=__doc__, args=args))
+    keep_compiled()
     try:
         number = run(config)
     except KeyboardInterrupt:

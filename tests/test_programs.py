@@ -369,3 +369,28 @@ def test_two_pictures_with_one_name_are_refused(undisturbed, tmp_path, capsys):
     out = tmp_path / "out"
     assert predict.main(["--workdir", str(workdir), "--out", str(out), str(tmp_path)]) == 1
     assert "is taken by" in capsys.readouterr().err and not out.exists()
+
+
+def test_what_was_compiled_is_found_again_and_a_damaged_entry_is_made_anew(tmp_path):
+    program = (
+        "import recipes, jax\n"
+        "recipes.keep_compiled()\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "jax.jit(lambda x: x * 2 + 1).lower(1.0).compile()\n"
+    )
+    surroundings = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    surroundings |= {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(PROGRAMS)}
+
+    def compiled():
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=True)
+        (entry,) = tmp_path.glob("flax_unet/xla-*/jit__lambda-*-cache")
+        return entry, done.stderr
+
+    entry, silence = compiled()
+    whole, written = entry.read_bytes(), entry.stat().st_mtime_ns
+    assert compiled() == (entry, silence) and entry.stat().st_mtime_ns == written
+    entry.write_bytes(whole[: len(whole) // 2])
+    assert "Error reading persistent compilation cache entry" in compiled()[1]
+    assert len(entry.read_bytes()) > len(whole) // 2
+    assert "Error" not in compiled()[1]
