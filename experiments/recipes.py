@@ -23,7 +23,7 @@ import optax
 from flax_unet import augment, checkpoint, data, draw, losses, predict, train
 from flax_unet.model import ARTICLE, UNet
 
-#: Fields that say where things are, not what is computed; nor does `epochs`.
+#: Fields that say where things are, not what is computed; nor do `epochs` and `stream`.
 PATHS = ("workdir", "kvasir_zip", "images", "masks", "data_dir")
 
 
@@ -59,6 +59,8 @@ class Config:
     """Of Adam."""
     seed: int = 0
     """Of the initial parameters, the order of the images, dropout and augmentation."""
+    stream: bool = False
+    """Decode the training pictures in every epoch instead of keeping them all on the device."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters are float32."""
 
@@ -142,13 +144,13 @@ def open_sources(config: Config) -> dict[str, Sequence[dict[str, Any]]]:
     )
 
 
-def load_split(
+def split_of(
     config: Config, sources: dict[str, Sequence[dict[str, Any]]], split: str
-) -> data.Arrays:
-    """One split as arrays, from the cache if they were made before.
+) -> Sequence[dict[str, Any]]:
+    """One of the sources.
 
     Raises:
-        ValueError: there is no such split, it is empty, or a picture cannot be used.
+        ValueError: there is no such split, or it is empty.
     """
     if split not in sources:
         name = f"{config.dataset}/{config.protocol}"
@@ -159,7 +161,19 @@ def load_split(
             f"the {split} split of the {total} pictures is empty: the splits are about 80, 10 and "
             "10 % of them, so add some"
         )
-    return data.load(sources[split], config.image_size, cache=cache_folder())
+    return sources[split]
+
+
+def load_split(
+    config: Config, sources: dict[str, Sequence[dict[str, Any]]], split: str
+) -> data.Arrays:
+    """One split as arrays, from the cache if they were made before.
+
+    Raises:
+        ValueError: as `split_of`, or a picture cannot be used.
+    """
+    source = split_of(config, sources, split)
+    return data.load(source, config.image_size, cache=cache_folder())
 
 
 def cache_folder() -> Path:
@@ -198,7 +212,7 @@ def to_json(config: Config, fingerprints: dict[str, str]) -> dict[str, Any]:
     """What config.json holds: `config` and `data` determine the run, the rest is for the record."""
     fields = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     fields["features"] = list(config.features)  # as JSON reads it again
-    free = {key: fields.pop(key) for key in (*PATHS, "epochs")}
+    free = {key: fields.pop(key) for key in (*PATHS, "epochs", "stream")}
     packages = "flax-unet jax jaxlib flax optax orbax-checkpoint numpy pillow".split()
     versions = {"python": platform.python_version()}
     for name in packages:

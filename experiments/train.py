@@ -5,9 +5,11 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +24,7 @@ from recipes import (
     make_recipe,
     open_sources,
     read_json,
+    split_of,
     to_json,
     write_atomically,
 )
@@ -152,7 +155,7 @@ def run(config: Config) -> int:
     """
     abstract = abstract_state(config)  # settings that do not fit are refused before anything else
     sources = open_sources(config)
-    arrays = {split: load_split(config, sources, split) for split in ("train", "validation")}
+    pictures = load_pictures(config, sources)
     (config.workdir / "samples").mkdir(parents=True, exist_ok=True)
     with (
         locked(config.workdir),
@@ -160,10 +163,7 @@ def run(config: Config) -> int:
         signals_noted() as stop,
     ):
         begun = checkpoints.latest_step() is not None
-        fingerprints = {
-            split: arrays[split].fingerprint if split in arrays else data.fingerprint(source)
-            for split, source in sources.items()
-        }
+        fingerprints = {split: data.fingerprint(source) for split, source in sources.items()}
         check_workdir(config, fingerprints, begun)
         init_key, key = jax.random.split(jax.random.key(config.seed))
         if begun:
@@ -172,8 +172,33 @@ def run(config: Config) -> int:
             print(f"going on after step {int(state.step)}")
         else:
             state, records = create_state(config, init_key), []
-        fit(config, arrays, key, state, records, checkpoints, stop)
+        fit(config, pictures, key, state, records, checkpoints, stop)
     return stop[0] if stop else 0
+
+
+class Pictures(NamedTuple):
+    """What a run learns from; `deal` makes batches of the `n` training images, in an order."""
+
+    n: int
+    deal: Callable[[np.ndarray], Iterator[dict[str, Any]]]
+    validation: data.Arrays
+
+
+def load_pictures(config: Config, sources: dict[str, Any]) -> Pictures:
+    """The pictures of a run, those for training on the device unless they are to be streamed.
+
+    Raises:
+        ValueError: a split is empty, or a picture cannot be used.
+    """
+    source, size = split_of(config, sources, "train"), config.batch_size
+    if config.stream:
+        if find_spec("grain") is None:
+            raise data.DataError("--stream needs grain: pip install 'flax-unet[stream]'")
+        deal = partial(data.stream, source, config.image_size, size)
+    else:
+        arrays = data.to_device(load_split(config, sources, "train"))
+        deal = partial(data.batches, arrays, size)
+    return Pictures(len(source), deal, load_split(config, sources, "validation"))
 
 
 def create_state(config: Config, key: jax.Array) -> train.TrainState:
@@ -185,7 +210,7 @@ def create_state(config: Config, key: jax.Array) -> train.TrainState:
 
 def fit(
     config: Config,
-    arrays: dict[str, data.Arrays],
+    pictures: Pictures,
     key: jax.Array,
     state: train.TrainState,
     records: list[dict[str, Any]],
@@ -196,8 +221,8 @@ def fit(
     workdir, size = config.workdir, config.batch_size
     model, tx, loss_fn, augment = make_recipe(config)
     step_fn = train.make_train_step(model, tx, loss_fn, augment=augment)
-    resident = {split: data.to_device(each) for split, each in arrays.items()}
-    n = len(arrays["train"].image)
+    n, deal, validation = pictures
+    resident = data.to_device(validation)
     steps_per_epoch = -(-n // size)
     first, step = int(state.step) // steps_per_epoch, int(state.step)
     history = read_history(workdir / "metrics.jsonl", first)
@@ -218,7 +243,7 @@ def fit(
         # The figures of a step are fetched while the device is at the next.
         late: list[tuple[int, dict[str, Any], np.ndarray]] = []
         with bar:
-            for batch in data.batches(resident["train"], size, order):
+            for batch in deal(order):
                 state, figures = step_fn(state, batch, key)
                 step += 1
                 late.append((step, figures, batch["weight"]))
@@ -231,15 +256,15 @@ def fit(
             checkpoint.save(checkpoints, state, {"records": records})
             return
         seconds = time.perf_counter() - started
-        validation, _ = predict.evaluate(
-            model, state.variables, resident["validation"], batch_size=size, loss_fn=loss_fn
+        scores, _ = predict.evaluate(
+            model, state.variables, resident, batch_size=size, loss_fn=loss_fn
         )
-        check_finite(step, validation_loss=validation["loss"])
+        check_finite(step, validation_loss=scores["loss"])
         line = {
             "epoch": epoch + 1,
             "step": step,
             **summary(records),
-            **{f"val_{name}": value for name, value in validation.items()},
+            **{f"val_{name}": value for name, value in scores.items()},
             "seconds": round(seconds, 3),
             "images_per_second": round((n - done) / seconds, 3),
         }
@@ -251,9 +276,9 @@ def fit(
         draw.save_curves(workdir / "curves.png", history)
         if (epoch + 1) % max(1, config.epochs // 10) == 0 or epoch + 1 == config.epochs:
             sheet = workdir / "samples" / f"epoch-{epoch + 1:04d}.png"
-            shown = range(min(4, len(arrays["validation"].image)))
-            draw_panels(sheet, model, state.variables, arrays["validation"], shown)
-        dice, records = validation["dice_per_image"], []
+            shown = range(min(4, len(validation.image)))
+            draw_panels(sheet, model, state.variables, validation, shown)
+        dice, records = scores["dice_per_image"], []
         checkpoint.save(checkpoints, state, {"records": records}, dice=dice)
         if stop:
             return

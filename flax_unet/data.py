@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,14 +195,9 @@ def load(
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             pass  # not there, or damaged: it is made (anew)
 
-    def one(i: int) -> tuple[np.ndarray, np.ndarray, str]:
-        example = source[i]
-        image, mask = decode_pair(example)
-        shape = (height, width)
-        return resize_image(image, shape), resize_mask(mask, shape), example["name"]
-
+    decode = partial(_decode, source, size=(height, width))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images, masks, names = zip(*pool.map(one, range(len(source))), strict=True)
+        images, masks, names = zip(*pool.map(decode, range(len(source))), strict=True)
     arrays = Arrays(np.stack(images), np.stack(masks), list(names), content)
     if file is not None:
         part = file.with_suffix(f".{os.getpid()}.part")
@@ -213,6 +209,14 @@ def load(
         except OSError as error:
             warnings.warn(f"the decoded pictures are not kept for next time: {error}", stacklevel=2)
     return arrays
+
+
+def _decode(
+    source: Sequence[dict[str, Any]], i: int, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, str]:
+    example = source[i]
+    image, mask = decode_pair(example)
+    return resize_image(image, size), resize_mask(mask, size), example["name"]
 
 
 SPLITS = ("train", "validation", "test")
@@ -312,11 +316,48 @@ def batches(
     """
     order = np.arange(len(arrays.image)) if order is None else order
     for start in range(0, len(order), batch_size):
-        real = order[start : start + batch_size]
-        index = np.resize(real, batch_size)
-        weight = (np.arange(batch_size) < len(real)).astype(np.float32)
+        index, weight = _filled(order[start : start + batch_size], batch_size)
         if isinstance(arrays.image, jax.Array):
             whole = {"image": arrays.image, "mask": arrays.mask}
             yield whole | {"index": index.astype(np.int32), "weight": weight}
         else:
             yield {"image": arrays.image[index], "mask": arrays.mask[index], "weight": weight}
+
+
+def _filled(real: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices repeated to the size of a batch, and weights: 1 for the real ones, 0 for the rest."""
+    return np.resize(real, batch_size), (np.arange(batch_size) < len(real)).astype(np.float32)
+
+
+def stream(
+    source: Sequence[dict[str, Any]],
+    size: int,
+    batch_size: int,
+    order: np.ndarray | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The batches of `batches`, decoded and resized on all cores while they are dealt out.
+
+    For a source that is too large for the device and for memory: nothing of it is kept. Needs
+    grain, the extra `stream`.
+
+    Args:
+        source, size: as `load` takes them.
+        batch_size, order: as `batches` takes them.
+
+    Raises:
+        DataError: an entry of the source cannot be used.
+    """
+    import grain
+
+    order = np.arange(len(source)) if order is None else order
+
+    def together(pairs: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> dict[str, np.ndarray]:
+        index, weight = _filled(np.arange(len(pairs)), batch_size)
+        images, masks, _ = zip(*(pairs[i] for i in index), strict=True)
+        return {"image": np.stack(images), "mask": np.stack(masks), "weight": weight}
+
+    ahead = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * batch_size)
+    decoded = grain.MapDataset.source(order.tolist()).map(
+        lambda i: _decode(source, i, (size, size))
+    )
+    yield from decoded.to_iter_dataset(ahead).batch(batch_size, batch_fn=together)

@@ -296,6 +296,29 @@ def test_arrays_on_a_device_are_dealt_out_by_index():
         np.testing.assert_array_equal(batch["weight"], held["weight"])
 
 
+def test_a_stream_deals_out_what_arrays_in_memory_do():
+    pytest.importorskip("grain")
+    masks = [np.eye(12, dtype=np.uint8)[::flip] for flip in (1, -1)]
+    source = [entry(rgb(i, (12, 12)), masks[i % 2], f"n{i}") for i in range(30)]
+    order = data.shuffled(30, 0, 0)
+    pairs = zip(
+        data.stream(source, 8, 4, order), data.batches(data.load(source, 8), 4, order), strict=True
+    )
+    for streamed, dealt in pairs:
+        assert streamed.keys() == dealt.keys()
+        for key in dealt:
+            np.testing.assert_array_equal(streamed[key], dealt[key])
+            assert streamed[key].dtype == dealt[key].dtype
+
+
+def test_a_broken_picture_in_a_stream_is_named():
+    pytest.importorskip("grain")
+    source = [entry(rgb(i), np.eye(8, dtype=np.uint8), f"n{i}") for i in range(4)]
+    source[2] = source[2] | {"image": b"no picture"}
+    with pytest.raises(DataError, match="image n2: not a picture"):
+        list(data.stream(source, 8, 2))
+
+
 def test_the_order_follows_seed_and_epoch_alone():
     a, b = data.shuffled(100, 1, 2), data.shuffled(100, 1, 2)
     np.testing.assert_array_equal(a, b)

@@ -371,6 +371,20 @@ def test_two_pictures_with_one_name_are_refused(undisturbed, tmp_path, capsys):
     assert "is taken by" in capsys.readouterr().err and not out.exists()
 
 
+def test_a_stream_trains_as_pictures_in_memory_do(folders, short, tmp_path):
+    pytest.importorskip("grain")
+    streamed = tmp_path / "streamed"
+    assert train.main([*arguments(folders, streamed, epochs=1), "--stream"]) == 0
+    assert parameters(streamed) == parameters(short) and lines(streamed) == lines(short)
+
+
+def test_a_stream_without_grain_says_what_to_install(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    assert train.main([*arguments(folders, tmp_path / "run"), "--stream"]) == 1
+    assert "pip install 'flax-unet[stream]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_was_compiled_is_found_again_and_a_damaged_entry_is_made_anew(tmp_path):
     program = (
         "import recipes, jax\n"
