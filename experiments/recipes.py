@@ -71,7 +71,7 @@ class Recipe(NamedTuple):
     model: UNet
     tx: optax.GradientTransformation
     loss_fn: train.Loss
-    augment: train.Augment | None
+    augment: augment.Augment | None
 
 
 def keras_adam(learning_rate: float) -> optax.GradientTransformation:

@@ -18,11 +18,11 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_unet import metrics
+from flax_unet.augment import Augment
 from flax_unet.data import as_float
 
 Batch = Mapping[str, jax.Array | np.ndarray]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
-Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 @struct.dataclass
