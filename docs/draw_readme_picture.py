@@ -12,7 +12,7 @@ from recipes import restore_run  # noqa: E402
 from flax_unet import draw, predict  # noqa: E402
 from tfds_kvasir.synthetic_polyps.draw import draw as draw_polyps  # noqa: E402
 
-config, model, variables, _ = restore_run(Path(sys.argv[1]), "best")
+config, model, variables, *_ = restore_run(Path(sys.argv[1]), "best")
 rows = []
 for seed in (3, 11):  # none of the pictures that the network has seen
     image, mask = draw_polyps(np.random.default_rng(seed), 256)
