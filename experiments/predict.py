@@ -44,12 +44,16 @@ def plan(inputs: tuple[Path, ...], out: Path) -> dict[Path, tuple[Path, Path]]:
     for file, pair in results.items():
         for result in pair:
             if (other := taken.setdefault(result.absolute(), file)) != file:
-                raise data.DataError(f"{result}, of {file}, is taken by {other}: use another --out")
+                raise data.DataError(
+                    f"{result}, of {file}, is taken by {other}: rename one, or use another --out"
+                )
     return results
 
 
 def run(options: Options) -> int:
     """Segment every picture; return how many could not be read."""
+    if not 0 <= options.threshold < 1:
+        raise ValueError(f"threshold is {options.threshold}: it must be in [0, 1)")
     results = plan(options.inputs, options.out)
     config, model, variables, *_ = restore_run(options.workdir, options.checkpoint)
     options.out.mkdir(parents=True, exist_ok=True)

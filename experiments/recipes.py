@@ -1,6 +1,7 @@
 """What a run is: its configuration, the recipe and data that follow from it, its config.json."""
 
 import contextlib
+import dataclasses
 import glob
 import hashlib
 import json
@@ -25,6 +26,10 @@ from flax_unet.model import ARTICLE, UNet
 
 #: Fields that say where things are, not what is computed; nor do `epochs` and `stream`.
 PATHS = ("workdir", "kvasir_zip", "images", "masks", "data_dir")
+#: Parts of config.json that determine the run; another value of one is another run.
+DETERMINES = ("config", "model", "training", "data")
+#: Attributes of a `UNet` that determine what it computes.
+MODEL = {f.name for f in dataclasses.fields(UNet)} - {"parent", "name", "remat"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Config:
     data_dir: Path | None = None
     """Where TFDS keeps prepared datasets; by default ~/tensorflow_datasets."""
     features: tuple[int, ...] = UNet.features
-    """Channels of each level of the network, the last being the bottleneck's."""
+    """Channels of each level of either recipe's network, the last being the bottleneck's."""
     image_size: int = 256
     """Height and width to which pictures are resized, a multiple of 2 for each level but one."""
     batch_size: int = 8
@@ -97,8 +102,8 @@ def make_recipe(config: Config) -> Recipe:
     for field in ("image_size", "batch_size", "epochs", "learning_rate"):
         if not getattr(config, field) > 0:
             raise ValueError(f"{field} is {getattr(config, field)}: it must be positive")
-    if config.seed < 0:
-        raise ValueError(f"seed is {config.seed}: it must not be negative")
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"seed is {config.seed}: it must be in [0, 2^63)")
     if not 1 <= len(config.features) <= len(UNet.features) or min(config.features) < 1:
         raise ValueError(f"features is {config.features}: give one to six positive numbers")
     size = {"features": config.features, "dtype": jnp.dtype(config.dtype)}
@@ -110,18 +115,22 @@ def make_recipe(config: Config) -> Recipe:
         model, change = UNet(**size), augment.random_flips
     if config.image_size % model.stride:
         raise ValueError(f"image_size {config.image_size} is no multiple of {model.stride}")
+    if config.image_size == model.stride and model.group_size == 1:
+        raise ValueError(
+            f"image_size {config.image_size} leaves the bottleneck one pixel, of which instance "
+            f"norm makes 0: take {2 * model.stride} or more, or fewer features"
+        )
     return Recipe(model, keras_adam(config.learning_rate), losses.bce, change)
 
 
-def abstract_state(config: Config) -> train.TrainState:
-    """Shapes and types of the run's state.
+def abstract_state(recipe: Recipe) -> train.TrainState:
+    """Shapes and types of a run's state.
 
     Raises:
-        ValueError: as `make_recipe`, or the settings do not fit together.
+        ValueError: the settings of the model do not fit together.
     """
-    model, tx, *_ = make_recipe(config)
-    shape = (1, model.stride, model.stride, 3)
-    create = partial(train.create_train_state, model, tx, image_shape=shape)
+    shape = (1, recipe.model.stride, recipe.model.stride, 3)
+    create = partial(train.create_train_state, recipe.model, recipe.tx, image_shape=shape)
     return jax.eval_shape(create, jax.random.key(0))
 
 
@@ -129,8 +138,12 @@ def open_sources(config: Config) -> dict[str, Sequence[dict[str, Any]]]:
     """The splits of the configured data set, each a source for `flax_unet.data`.
 
     Raises:
-        ValueError: the data cannot be used, or a flag that it needs is missing.
+        ValueError: the data cannot be used, or a flag is missing or of another data set.
     """
+    flags = {"images": "folder", "masks": "folder", "kvasir_zip": "kvasir_seg"}
+    for flag, dataset in flags.items():
+        if getattr(config, flag) is not None and config.dataset != dataset:
+            raise data.DataError(f"--{flag.replace('_', '-')} goes with --dataset {dataset}")
     if config.dataset == "folder":
         if config.images is None or config.masks is None:
             raise data.DataError("--dataset folder needs --images DIR and --masks DIR")
@@ -209,23 +222,27 @@ def keep_compiled() -> None:
 
 
 def to_json(config: Config, fingerprints: dict[str, str]) -> dict[str, Any]:
-    """What config.json holds: `config` and `data` determine the run, the rest is for the record."""
+    """What config.json holds: what DETERMINES the run, and the rest for the record."""
     fields = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    fields["features"] = list(config.features)  # as JSON reads it again
     free = {key: fields.pop(key) for key in (*PATHS, "epochs", "stream")}
     packages = "flax-unet jax jaxlib flax optax orbax-checkpoint numpy pillow".split()
     versions = {"python": platform.python_version()}
     for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout, not installed
             versions[name] = metadata.version(name)
-    device = jax.devices()[0]
-    return {
+    device, (model, _, loss_fn, change) = jax.devices()[0], make_recipe(config)
+    settings = {name: getattr(model, name) for name in sorted(MODEL)}
+    stored = {
         "config": fields,
+        # What the recipe's name stands for today.
+        "model": settings | {"dtype": config.dtype},
+        "training": {"loss": loss_fn.__name__, "augment": getattr(change, "__name__", None)},
         "data": fingerprints,
         "free": free,
         "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
         "versions": versions,
     }
+    return json.loads(json.dumps(stored))  # lists for tuples, as it is read again
 
 
 def read_json(workdir: Path) -> dict[str, Any]:
@@ -240,25 +257,26 @@ def read_json(workdir: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing: there is no run in this workdir")
     try:
         stored = json.loads(file.read_text())
-        if {"config", "data", "free", "device", "versions"} <= stored.keys():
+        if {*DETERMINES, "free", "device", "versions"} <= stored.keys():
             return stored
     except (ValueError, AttributeError):
         pass
     raise ValueError(f"{file} is damaged or not of a run: choose another --workdir")
 
 
-def config_of(stored: dict[str, Any], workdir: Path) -> Config:
-    """The configuration that `to_json` made JSON of.
+def from_json(stored: dict[str, Any], workdir: Path) -> tuple[Config, UNet]:
+    """The configuration and the network that `to_json` made JSON of.
 
     Raises:
-        ValueError: its fields are of another version.
+        ValueError: their fields are of another version.
     """
     fields = stored["config"] | stored["free"]
     fields |= {key: Path(fields[key]) for key in PATHS if fields.get(key)}
     fields |= {"workdir": workdir, "features": tuple(fields.get("features", UNet.features))}
     try:
-        return Config(**fields)
-    except TypeError as error:
+        dtype = jnp.dtype(stored["model"]["dtype"])
+        return Config(**fields), UNet(**stored["model"] | {"dtype": dtype})
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{workdir}/config.json is of another version: {error}") from error
 
 
@@ -287,10 +305,10 @@ def restore_run(workdir: Path, which: Literal["best", "latest"]) -> Run:
         ValueError: its config.json cannot be read.
     """
     stored = read_json(workdir)
-    config = config_of(stored, workdir)
+    config, model = from_json(stored, workdir)
+    abstract = abstract_state(make_recipe(config)._replace(model=model))
     with checkpoint.open_checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        state, _ = checkpoint.restore(checkpoints, abstract_state(config), which)
-    model = make_recipe(config).model
+        state, _ = checkpoint.restore(checkpoints, abstract, which)
     return Run(config, model, state.variables, int(state.step), stored["data"])
 
 

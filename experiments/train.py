@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import tyro
 from recipes import (
+    DETERMINES,
     Config,
     absolute,
     abstract_state,
@@ -42,24 +43,42 @@ def check_workdir(config: Config, fingerprints: dict[str, str], begun: bool) -> 
     """Write config.json, or compare it with that of the run that the workdir already holds.
 
     Raises:
-        ValueError: the run there computes something else; the message lists the differences.
+        ValueError: the run there computes something else, and the message lists the differences;
+            or the files there are of something else.
     """
     new = to_json(config, fingerprints)
-    if begun:
-        old = read_json(config.workdir)
-        changes = differences(old["config"], new["config"]) | differences(old["data"], new["data"])
+    if not begun:
+        check_unused(config.workdir)
+    else:
+        old, changes = read_json(config.workdir), {}
+        for part in DETERMINES:
+            changes |= differences(old[part], new[part])
         if changes:
             raise ValueError(
                 f"{config.workdir} holds a run with other settings ({listed(changes)}): choose "
                 "another --workdir, or the same settings to go on with it"
             )
         changes = differences(old["versions"], new["versions"])
-        changes |= differences(old["free"], new["free"])
+        changes |= differences(old["free"], new["free"] | {"epochs": old["free"].get("epochs")})
         changes |= differences({"device": old["device"]}, {"device": new["device"]})
         if changes:
-            print(f"warning: not as it was when the run began: {listed(changes)}")
+            print(f"warning: not as it was before: {listed(changes)}")
         new |= {"versions": old["versions"], "device": old["device"]}
     write_atomically(config.workdir / "config.json", json.dumps(new, indent=2) + "\n")
+
+
+def check_unused(workdir: Path) -> None:
+    """Check that what a new run writes over is nobody's work.
+
+    Raises:
+        ValueError: config.json or metrics.jsonl are of something else, or the checkpoints are gone.
+    """
+    file, allowed = workdir / "metrics.jsonl", 0
+    if (workdir / "config.json").exists():
+        read_json(workdir)
+        allowed = 2  # a run may be killed in its second epoch, with the first still being saved
+    if file.exists() and len(file.read_bytes().splitlines()) > allowed:
+        raise ValueError(f"{file} has no checkpoint to go on from: choose another --workdir")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -153,14 +172,18 @@ def run(config: Config) -> int:
         FloatingPointError: the loss is not finite.
         ValueError, OSError: a setting or the data cannot be used.
     """
-    abstract = abstract_state(config)  # settings that do not fit are refused before anything else
+    # Settings that do not fit are refused before anything else.
+    abstract = abstract_state(make_recipe(config))
+    print(
+        f"{config.dataset}: opening the pictures, which takes a minute the first time", flush=True
+    )
     sources = open_sources(config)
     pictures = load_pictures(config, sources)
     (config.workdir / "samples").mkdir(parents=True, exist_ok=True)
     with (
         locked(config.workdir),
+        signals_noted() as stop,  # also while the last save is waited for
         checkpoint.open_checkpoints(config.workdir / "checkpoints") as checkpoints,
-        signals_noted() as stop,
     ):
         begun = checkpoints.latest_step() is not None
         fingerprints = {split: data.fingerprint(source) for split, source in sources.items()}

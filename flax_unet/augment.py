@@ -80,7 +80,7 @@ def random_affine(
         u = jax.random.uniform(key, (7,), minval=-1.0)
         matrix = affine(
             rotation=rotation * u[0],
-            scale=scale ** u[1] * jnp.sign(u[2:4]),
+            scale=scale ** u[1] * jnp.where(u[2:4] < 0, -1.0, 1.0),
             shear=shear * u[4],
             shift=shift * u[5:] * jnp.array([height, width]),
         )

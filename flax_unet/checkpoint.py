@@ -16,8 +16,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from flax_unet.train import TrainState
 
 
-class CheckpointError(FileNotFoundError):
-    """There is no checkpoint to restore; the message says where it was looked for."""
+class CheckpointError(OSError):
+    """There is no checkpoint that can be restored; the message says where it was looked for."""
 
 
 def _dice(figures: dict[str, float]) -> float:
@@ -85,7 +85,7 @@ def restore(
         which: `latest`, or `best` by validation Dice.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged or of another model or optimizer.
     """
     step = checkpoints.latest_step() if which == "latest" else checkpoints.best_step()
     if step is None:
@@ -95,10 +95,16 @@ def restore(
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
     )
-    restored = checkpoints.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
-        ),
-    )
+    try:
+        restored = checkpoints.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
+            ),
+        )
+    except Exception as error:  # Orbax and TensorStore raise many kinds, some of pages
+        folder, reason = checkpoints.directory / str(step), str(error)[:200].splitlines()
+        raise CheckpointError(
+            f"{folder} cannot be restored, it is damaged or of another model: {' '.join(reason)}"
+        ) from error
     return restored["state"], restored["progress"]

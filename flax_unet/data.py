@@ -1,9 +1,11 @@
 """Pictures to arrays: decoded and resized once, kept as uint8, then dealt out in batches.
 
 A source is a sequence of dicts `{"name": str, "image": bytes, "mask": bytes}`, encoded in any
-format that Pillow reads: a split of `tfds_kvasir.sources`, or a `FolderSource`.
+format that Pillow reads: a split of `tfds_kvasir.sources`, or a `FolderSource`. With `files` too,
+the paths of image and mask, errors name these.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -72,7 +74,8 @@ def open_picture(data: bytes | Path, name: str) -> Image.Image:
         picture.load()
         return ImageOps.exif_transpose(picture)
     except Exception as error:  # Pillow's decoders raise a dozen kinds on a broken file
-        raise DataError(f"{name}: not a picture that can be read ({error})") from error
+        reason = "of no known format" if isinstance(error, PIL.UnidentifiedImageError) else error
+        raise DataError(f"{name}: not a picture that can be read ({reason})") from error
 
 
 def to_rgb(picture: Image.Image, name: str = "picture") -> Image.Image:
@@ -99,8 +102,10 @@ def to_mask(picture: Image.Image, name: str = "mask") -> Image.Image:
     its colours are black and white.
 
     Raises:
-        DataError: other values, with a list of them.
+        DataError: other values, with a list of them; or it is transparent in places.
     """
+    if picture.mode in ("LA", "RGBA") and picture.getchannel("A").getextrema()[0] != 255:
+        raise DataError(f"{name}: a mask must be opaque, and this one has transparent pixels")
     if picture.mode == "P":
         colours = picture.convert("RGB").getcolors() or []  # None: more than 256
         black_and_white = {(0, 0, 0), (255, 255, 255)}
@@ -146,10 +151,11 @@ def decode_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
         DataError: one cannot be read, or their sizes differ.
     """
     name = example["name"]
-    image = to_rgb(open_picture(example["image"], f"image {name}"), f"image {name}")
-    mask = to_mask(open_picture(example["mask"], f"mask {name}"), f"mask {name}")
+    files = example.get("files", (f"image {name}", f"mask {name}"))
+    image = to_rgb(open_picture(example["image"], files[0]), files[0])
+    mask = to_mask(open_picture(example["mask"], files[1]), files[1])
     if image.size != mask.size:
-        raise DataError(f"{name}: the image is {image.size} and its mask {mask.size} pixels")
+        raise DataError(f"{files[0]} is {image.size} pixels and its mask {mask.size}")
     return image, mask
 
 
@@ -183,11 +189,11 @@ def load(
     """
     if not len(source):
         raise DataError("the data set is empty")
-    height, width = (size, size) if isinstance(size, int) else size
+    size = (size, size) if isinstance(size, int) else size
     content, file = fingerprint(source), None
     if cache is not None:
         # The 1 counts our own ways to decode and resize.
-        key = f"1-{content[:32]}-{height}x{width}-pillow{PIL.__version__}"
+        key = f"1-{content[:32]}-{size[0]}x{size[1]}-pillow{PIL.__version__}"
         file = Path(cache).expanduser() / f"{key}.npz"
         try:
             with file.open("rb") as stream, np.load(stream) as stored:
@@ -195,7 +201,7 @@ def load(
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             pass  # not there, or damaged: it is made (anew)
 
-    decode = partial(_decode, source, size=(height, width))
+    decode = partial(_decode, source, size=size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images, masks, names = zip(*pool.map(decode, range(len(source))), strict=True)
     arrays = Arrays(np.stack(images), np.stack(masks), list(names), content)
@@ -208,6 +214,8 @@ def load(
             part.replace(file)
         except OSError as error:
             warnings.warn(f"the decoded pictures are not kept for next time: {error}", stacklevel=2)
+            with contextlib.suppress(OSError):
+                part.unlink()
     return arrays
 
 
@@ -241,8 +249,8 @@ class FolderSource(Sequence):
         image, mask = _by_stem(Path(images)), _by_stem(Path(masks))
         if odd := sorted(image.keys() ^ mask.keys()):
             raise DataError(
-                f"{odd[0]!r} is only in {images if odd[0] in image else masks}, and so are "
-                f"{len(odd) - 1} others: each image needs a mask with the same stem"
+                f"{odd[0]!r} is only in {images if odd[0] in image else masks}: each image needs "
+                f"a mask with the same stem, and {len(odd)} of the stems are only in one folder"
             )
         if not image:
             raise DataError(f"{images} has no pictures ({', '.join(SUFFIXES)})")
@@ -255,8 +263,9 @@ class FolderSource(Sequence):
         return len(self._pairs)
 
     def __getitem__(self, i: int) -> dict[str, Any]:  # type: ignore[override]
-        name, image, mask = self._pairs[i]
-        return {"name": name, "image": image.read_bytes(), "mask": mask.read_bytes()}
+        name, *files = self._pairs[i]
+        image, mask = (file.read_bytes() for file in files)
+        return {"name": name, "image": image, "mask": mask, "files": [str(file) for file in files]}
 
 
 def list_pictures(folder: str | os.PathLike) -> list[Path]:
@@ -331,7 +340,7 @@ def _filled(real: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def stream(
     source: Sequence[dict[str, Any]],
-    size: int,
+    size: int | tuple[int, int],
     batch_size: int,
     order: np.ndarray | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -350,6 +359,7 @@ def stream(
     import grain
 
     order = np.arange(len(source)) if order is None else order
+    size = (size, size) if isinstance(size, int) else size
 
     def together(pairs: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> dict[str, np.ndarray]:
         index, weight = _filled(np.arange(len(pairs)), batch_size)
@@ -357,7 +367,5 @@ def stream(
         return {"image": np.stack(images), "mask": np.stack(masks), "weight": weight}
 
     ahead = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * batch_size)
-    decoded = grain.MapDataset.source(order.tolist()).map(
-        lambda i: _decode(source, i, (size, size))
-    )
+    decoded = grain.MapDataset.source(order.tolist()).map(partial(_decode, source, size=size))
     yield from decoded.to_iter_dataset(ahead).batch(batch_size, batch_fn=together)

@@ -71,4 +71,5 @@ def save_curves(path: str | os.PathLike, history: Sequence[dict[str, Any]]) -> N
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend()
+    axes.set_ylim(0, 1)  # of Dice, the last
     figure.savefig(path, dpi=120)

@@ -145,6 +145,7 @@ def bootstrap_interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, flo
 
     Efron, Tibshirani: "An Introduction to the Bootstrap", 1993, chapter 13.
     """
-    index = np.random.default_rng(seed).integers(len(values), size=(10_000, len(values)))
-    low, high = np.percentile(values[index].mean(1), (2.5, 97.5))
+    rng, n = np.random.default_rng(seed), len(values)
+    means = [values[rng.integers(n, size=n)].mean() for _ in range(10_000)]
+    low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)

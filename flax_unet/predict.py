@@ -44,8 +44,9 @@ def predict_proba(model: Any, variables: Any, image: Any) -> jax.Array:
     image = np.asarray(image)
     if image.ndim not in (3, 4):
         raise ValueError(f"image has shape {image.shape}: it must be [H, W, 3] or [B, H, W, 3]")
-    if image.dtype != np.uint8 and image.size and image.max() > 1:
-        raise ValueError(f"image goes up to {image.max()}: give uint8, or float in [0, 1]")
+    if image.dtype != np.uint8 and not ((image >= 0) & (image <= 1)).all():
+        span = f"{image.min()} to {image.max()}"
+        raise ValueError(f"image has values from {span}: give uint8, or float in [0, 1]")
     batch = image if image.ndim == 4 else image[None]
     height, width = batch.shape[1:3]
     below, right = -height % model.stride, -width % model.stride
@@ -80,9 +81,7 @@ def predict_picture(model: Any, variables: Any, picture: Image.Image, size: int)
     return np.stack(channels, axis=-1)
 
 
-@lru_cache(maxsize=8)
-def _eval_step(model: nn.Module, loss_fn: Loss) -> Any:
-    return make_eval_step(model, loss_fn)
+_eval_step = lru_cache(maxsize=8)(make_eval_step)
 
 
 def evaluate(

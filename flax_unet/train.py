@@ -92,7 +92,7 @@ def train_step(
     Returns:
         The next state, and figures: of this batch before the update, `loss`, the mean over its
         images of weight 1, `iou_coef`, and the `confusion` of each image, [B, C]; and of the
-        update, its `update_norm`, which is finite where the next parameters are.
+        update, its `update_norm`: where it is finite, so are the next parameters.
 
     Raises:
         ValueError: the loss has not one value an image, shapes do not agree, or the batch cannot be
@@ -106,6 +106,9 @@ def train_step(
     if len(image) % accumulate:
         raise ValueError(f"{len(image)} images cannot be split into {accumulate} equal parts")
 
+    # Of a batch without a single real image the loss is 0.
+    images = jnp.maximum(weight.sum(), jnp.finfo(jnp.float32).tiny)
+
     def total_loss(params: Any, model_state: Any, part: Any) -> tuple[jax.Array, Any]:
         image, labels, part_weight, key = part
         logits, model_state = model.apply(
@@ -117,7 +120,7 @@ def train_step(
         )
         loss = loss_fn(logits, labels)
         _check_loss(loss, part_weight)
-        return (part_weight * loss).sum() / weight.sum(), (logits, model_state)
+        return (part_weight * loss).sum() / images, (logits, model_state)
 
     gradient = jax.value_and_grad(total_loss, has_aux=True)
 
@@ -130,12 +133,15 @@ def train_step(
         part = image, labels, weight, dropout_key
         (loss, (logits, model_state)), grads = gradient(state.params, state.model_state, part)
     else:
-        parts = [x.reshape(accumulate, -1, *x.shape[1:]) for x in (image, labels, weight)]
+        # Every n-th image to the n-th part, so that each part has images of all devices.
+        parts = [
+            x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1) for x in (image, labels, weight)
+        ]
         nothing = jnp.zeros(()), optax.tree.zeros_like(state.params), state.model_state
         (loss, grads, model_state), logits = jax.lax.scan(
             add_part, nothing, (*parts, jax.random.split(dropout_key, accumulate))
         )
-        logits = logits.reshape(-1, *logits.shape[2:])
+        logits = logits.swapaxes(0, 1).reshape(-1, *logits.shape[2:])
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     figures = {
@@ -212,8 +218,8 @@ def make_train_step(
         model, tx, loss_fn, augment, accumulate: as `train_step` takes them.
         remat: keep only what passes between the model's blocks for the backward pass, and compute
             the rest again: less memory, more time. The model must have such an attribute.
-        mesh: devices over which the arrays of a batch are split, a whole data set too; the state is
-            the same on each of them.
+        mesh: devices over which the arrays of a batch are split, a whole data set too, so that
+            their lengths must be multiples of the number of devices; the state is the same on each.
     """
     model = model.clone(remat=True) if remat else model
     step = partial(

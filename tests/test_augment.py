@@ -148,6 +148,95 @@ def test_image_and_mask_move_together_and_masks_stay_0_and_1():
     assert len({ndimage.center_of_mass(m) for m in np.asarray(mask)}) == 64
 
 
+def test_the_random_moves_are_mirrorings_and_the_stated_ranges():
+    n, size = 400, (33, 49)
+    rows, columns = (np.linspace(0, 1, k, dtype=np.float32) for k in size)
+    # A bilinear picture of straight slopes tells where each of its pixels was taken.
+    slopes = np.stack([*np.meshgrid(rows, columns, indexing="ij"), np.ones(size)], -1)
+    image = jnp.broadcast_to(jnp.asarray(slopes, jnp.float32), (n, *size, 3))
+    stated = {"rotation": 30.0, "scale": 1.25, "shear": 10.0, "shift": 0.1}
+    warped, _ = jax.jit(lambda *x: augment.random_affine(*x, **stated))(
+        jax.random.key(0), image, image[..., :1] > 2
+    )
+    middle = (np.array(size) - 1) / 2
+    here = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1) - middle
+    found = []
+    for one in np.asarray(warped, np.float64):
+        inside = one[..., 2] > 1 - 1e-6
+        there = one[inside, :2] * (np.array(size) - 1) - middle
+        at = np.column_stack([here[inside], np.ones(inside.sum())])
+        solution, *_ = np.linalg.lstsq(at, there, rcond=None)
+        np.testing.assert_allclose(at @ solution, there, atol=1e-3)
+        forward = np.linalg.inv(solution[:2].T)
+        shift = -forward @ solution[2] / size
+        # forward = turn @ shear @ diag(scale): its second column is turned and scaled alone
+        mirrored = np.sign(forward[1, 1])
+        wide = mirrored * np.hypot(*forward[:, 1])
+        turn = np.arctan2(-forward[0, 1] / wide, forward[1, 1] / wide)
+        back = [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
+        tall, lean = np.array(back) @ forward[:, 0]
+        found.append([turn, np.arctan(lean / tall), np.log(abs(tall)), *shift, tall < 0, wide < 0])
+        assert abs(wide) == pytest.approx(abs(tall), rel=1e-3)
+    turn, shear, scale, down, right, *mirrored = np.array(found).T
+    bounds = np.deg2rad([stated["rotation"], stated["shear"]])
+    for values, bound in zip(
+        (turn, shear, scale, down, right), (*bounds, np.log(1.25), 0.1, 0.1), strict=True
+    ):
+        assert abs(values).max() <= bound * 1.001
+        # uniform: the deviation of 400 is within 4 standard errors
+        assert values.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert abs(values.mean()) < 4 * bound / 3**0.5 / n**0.5
+    for share in map(np.mean, mirrored):
+        assert abs(share - 0.5) < 0.1
+    # each on its own
+    assert abs(np.corrcoef(np.array(found).T) - np.eye(7)).max() < 0.25
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
+def test_the_random_colours_have_the_stated_ranges(name):
+    image = jnp.asarray(smooth())
+    nothing = dict.fromkeys(["brightness", "contrast", "saturation", "hue"], 0.0)
+    mask = jnp.zeros((200, *image.shape[:2], 1))
+    changed, _ = augment.random_colour(
+        jax.random.key(0),
+        jnp.broadcast_to(image, (200, *image.shape)),
+        mask,
+        **nothing | {name: 0.2},
+    )
+    # The change is linear in its factor.
+    none = np.asarray(augment.recolour(image, **{name: 0.0})).ravel()
+    slope = np.asarray(image).ravel() - none
+    factors = (np.asarray(changed).reshape(200, -1) - none) @ slope / (slope @ slope)
+    np.testing.assert_allclose(
+        np.asarray(changed).reshape(200, -1), none + np.outer(factors, slope), atol=1e-5
+    )
+    assert abs(factors - 1).max() <= 0.2001
+    assert factors.std() == pytest.approx(0.2 / 3**0.5, rel=0.15)
+
+
+def test_the_random_hue_has_the_stated_range():
+    image = jnp.full((200, 4, 4, 3), jnp.array([0.6, 0.4, 0.5]))
+    nothing = dict.fromkeys(["brightness", "contrast", "saturation"], 0.0)
+    changed, _ = augment.random_colour(
+        jax.random.key(0), image, image[..., :1], **nothing, hue=10.0
+    )
+    red, green, blue = np.asarray(changed)[:, 0, 0].T
+
+    def angle(red, green, blue):  # in the plane of equal grey
+        return np.rad2deg(np.arctan2(3**0.5 * (green - blue), 2 * red - green - blue))
+
+    turned = angle(red, green, blue) - angle(0.6, 0.4, 0.5)
+    assert abs(turned).max() <= 10.001
+    assert turned.std() == pytest.approx(10 / 3**0.5, rel=0.15)
+
+
+def test_a_mirroring_is_one_or_the_other_even_for_a_zero(monkeypatch):
+    image, mask = pictures(1)
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape, minval: jnp.zeros(shape))
+    same, _ = augment.random_affine(jax.random.key(0), image, mask)
+    np.testing.assert_allclose(255 * same, image, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "enhance"),
     [

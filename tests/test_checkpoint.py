@@ -51,7 +51,7 @@ def test_a_run_goes_on_after_a_checkpoint_in_the_middle(tmp_path):
         assert checkpoints.best_step() == checkpoints.latest_step() == 3
 
 
-def test_what_is_saved_is_not_what_donated_steps_write_over_it(tmp_path):
+def test_what_is_saved_is_not_what_donated_steps_write_over_it(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.random((2, 8, 8, 3), np.float32),
@@ -62,9 +62,19 @@ def test_what_is_saved_is_not_what_donated_steps_write_over_it(tmp_path):
     state, _ = step(jax.jit(create)(jax.random.key(0)), batch, jax.random.key(1))
     saved = jax.tree.map(np.array, state)  # copies
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        begin, begun = checkpoints.save, []
+
+        def note(step, **given):
+            begun.append(given["args"]["state"].item)
+            begin(step, **given)
+
+        monkeypatch.setattr(checkpoints, "save", note)
         checkpoint.save(checkpoints, state, {})
         for _ in range(20):
             state, _ = step(state, batch, jax.random.key(1))
+        # Even a save that reads its arrays only now would find them.
+        for a, b in zip(*map(jax.tree.leaves, (saved, begun[0])), strict=True):
+            np.testing.assert_array_equal(a, b)
         checkpoints.wait_until_finished()
         restored, _ = checkpoint.restore(checkpoints, abstract())
     for a, b in zip(*map(jax.tree.leaves, (saved, restored)), strict=True):
@@ -97,5 +107,16 @@ def test_another_network_is_refused(tmp_path):
         checkpoints.wait_until_finished()
         wider = MODEL.clone(features=(4, 8, 16))
         other = partial(train.create_train_state, wider, TX, image_shape=(1, 8, 8, 3))
-        with pytest.raises(ValueError):
+        with pytest.raises(checkpoint.CheckpointError, match="1 cannot be restored.*another model"):
             checkpoint.restore(checkpoints, jax.eval_shape(other, jax.random.key(0)))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        checkpoint.save(checkpoints, state_at(1), {}, dice=0.1)
+    for file in (tmp_path / "1" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-10])
+    with checkpoint.open_checkpoints(tmp_path, read_only=True) as checkpoints:
+        with pytest.raises(checkpoint.CheckpointError, match="1 cannot be restored, it is damaged"):
+            checkpoint.restore(checkpoints, abstract())

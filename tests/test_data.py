@@ -135,6 +135,15 @@ def test_wide_masks_of_other_values_are_refused(values):
         data.to_mask(Image.fromarray(values), "mask m")
 
 
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_a_mask_that_is_drawn_in_transparency_is_refused(mode):
+    white = Image.new(mode, (2, 1), (255,) * len(mode))
+    np.testing.assert_array_equal(np.asarray(data.to_mask(white, "m")), [[255, 255]])
+    white.putpixel((0, 0), (255,) * (len(mode) - 1) + (0,))
+    with pytest.raises(DataError, match="mask m: a mask must be opaque"):
+        data.to_mask(white, "mask m")
+
+
 def test_float_pictures_are_read_from_0_to_1():
     grey = np.array([[0, 0.5, 1]], np.float32)
     np.testing.assert_array_equal(
@@ -180,7 +189,7 @@ def test_load_keeps_names_and_pixels():
 
 
 def test_load_refuses_sizes_that_differ_and_emptiness():
-    with pytest.raises(DataError, match="a: the image is .8, 8. and its mask .6, 8."):
+    with pytest.raises(DataError, match="image a is .8, 8. pixels and its mask .6, 8."):
         data.load([entry(rgb(), np.zeros((8, 6), np.uint8))], 8)
     with pytest.raises(DataError, match="empty"):
         data.load([], 8)
@@ -215,6 +224,17 @@ def test_a_cache_that_cannot_be_written_is_only_warned_of(tmp_path):
     with pytest.warns(UserWarning, match="not kept"):
         arrays = data.load([entry(rgb(), np.eye(8, dtype=np.uint8))], 8, cache=tmp_path / "file")
     assert len(arrays.image) == 1
+
+
+def test_a_cache_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
+    def full(stream, **arrays):
+        stream.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.warns(UserWarning, match="not kept for next time: no space left"):
+        data.load([entry(rgb(), np.eye(8, dtype=np.uint8))], 8, cache=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_fingerprint_follows_names_images_and_masks():
@@ -263,6 +283,14 @@ def test_a_folder_that_cannot_be_paired_is_named(folders, spoil, words):
         FolderSource(*folders)
 
 
+@pytest.mark.parametrize("part", ["images", "masks"])
+def test_a_file_of_a_folder_that_cannot_be_used_is_named(folders, part):
+    bad = folders[0].with_name(part) / "p04.png"
+    bad.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=f"{bad}: not a picture.*of no known format"):
+        data.load(FolderSource(*folders), 8)
+
+
 def test_a_folder_works_where_tfds_is_not_installed(folders):
     program = (
         "import sys; sys.modules['tensorflow_datasets'] = None\n"
@@ -301,9 +329,9 @@ def test_a_stream_deals_out_what_arrays_in_memory_do():
     masks = [np.eye(12, dtype=np.uint8)[::flip] for flip in (1, -1)]
     source = [entry(rgb(i, (12, 12)), masks[i % 2], f"n{i}") for i in range(30)]
     order = data.shuffled(30, 0, 0)
-    pairs = zip(
-        data.stream(source, 8, 4, order), data.batches(data.load(source, 8), 4, order), strict=True
-    )
+    size = 8, 6
+    arrays = data.load(source, size)
+    pairs = zip(data.stream(source, size, 4, order), data.batches(arrays, 4, order), strict=True)
     for streamed, dealt in pairs:
         assert streamed.keys() == dealt.keys()
         for key in dealt:

@@ -243,7 +243,9 @@ def test_manual_dir_comes_before_the_download(shop):
     assert shop.prepared_width() == 28
 
 
-def test_the_download_is_kept_for_the_next_protocol(shop, tmp_path, monkeypatch):
+@pytest.fixture
+def website(shop, tmp_path, monkeypatch):
+    """A zip of pictures 32 wide where the download comes from; called, it goes off the net."""
     shop.zip(32, tmp_path / "www" / "kvasir-seg.zip")
     handler = functools.partial(
         http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "www")
@@ -252,8 +254,27 @@ def test_the_download_is_kept_for_the_next_protocol(shop, tmp_path, monkeypatch)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/kvasir-seg.zip"
         monkeypatch.setattr(kvasir_seg, "URL", url)
-        assert shop.prepared_width() == 32
-        server.shutdown()
+
+        def close():
+            server.shutdown()
+            server.server_close()
+
+        yield close
+        close()
+
+
+def test_a_download_of_another_content_is_refused(shop, website, monkeypatch):
+    info = tfds.download.checksums.UrlInfo(size=3, checksum="0" * 64, filename="kvasir-seg.zip")
+    monkeypatch.setattr(kvasir_seg.Builder, "url_infos", {kvasir_seg.URL: info})
+    with pytest.raises(ValueError, match="kvasir-seg.zip: .*checksum") as error:
+        shop.prepared_width()
+    assert "--kvasir-zip" in str(error.value)
+    check_nothing_is_left(shop.data_dir)
+
+
+def test_the_download_is_kept_for_the_next_protocol(shop, website):
+    assert shop.prepared_width() == 32
+    website()
     other = kvasir_seg.Protocol(name="other", splits={"train": ["disc"]})
     assert shop.prepared_width(other) == 32
 
@@ -290,6 +311,16 @@ def test_a_path_that_is_not_there_is_an_error(shop, monkeypatch, source):
     with pytest.raises(FileNotFoundError, match=f"{source} is no/such.zip"):
         shop.prepared_width(**given)
     check_nothing_is_left(shop.data_dir)
+
+
+@pytest.mark.parametrize("size", [None, 0, 100])
+def test_prepared_data_that_is_damaged_is_named(shop, size):
+    given = {"kvasir_zip": shop.zip(24)}
+    assert shop.prepared_width(**given) == 24
+    for file in shop.data_dir.rglob("*array_record*"):
+        os.truncate(file, size) if size is not None else file.unlink()
+    with pytest.raises(ValueError, match="kvasir_seg/dummy/1.0.0 cannot be read; if it is damaged"):
+        shop.prepared_width(**given)
 
 
 # Zips that are not it

@@ -87,13 +87,14 @@ def test_summary_names_the_means(pair):
     figures = metrics.summary([1.0, 2.0], [0.25, 0.75], counts)
     assert figures["loss"] == 1.5 and figures["iou_coef"] == 0.5 and figures["n_images"] == 6
     truth, answer = np.asarray(pair[1]) > 0.5, np.asarray(pair[0]) > 0
-    each = [FIGURES[metrics.iou](y.ravel(), p.ravel()) for y, p in zip(truth, answer, strict=True)]
-    assert figures["iou_per_image"] == pytest.approx(np.mean(each))
-    pooled = FIGURES[metrics.iou](truth.ravel(), answer.ravel())
-    assert figures["iou_pooled"] == pytest.approx(pooled)
-    assert figures["precision_pooled"] == pytest.approx(
-        FIGURES[metrics.precision](truth.ravel(), answer.ravel())
-    )
+    for ratio in (metrics.dice, metrics.iou):
+        pairs = zip(truth, answer, strict=True)
+        each = [FIGURES[ratio](y.ravel(), p.ravel()) for y, p in pairs]
+        assert figures[f"{ratio.__name__}_per_image"] == pytest.approx(np.mean(each))
+    for ratio in (metrics.dice, metrics.iou, metrics.precision, metrics.recall, metrics.accuracy):
+        name = "accuracy" if ratio is metrics.accuracy else f"{ratio.__name__}_pooled"
+        expected = FIGURES[ratio](truth.ravel(), answer.ravel())
+        assert figures[name] == pytest.approx(expected), name
 
 
 def test_bootstrap_interval_is_near_the_normal_one():

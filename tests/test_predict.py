@@ -53,9 +53,12 @@ def test_a_mask_is_the_probabilities_above_the_threshold(variables):
         np.testing.assert_array_equal(mask, proba > threshold)
 
 
-def test_a_float_image_of_0_to_255_is_refused(variables):
-    with pytest.raises(ValueError, match="image goes up to 255"):
-        predict.predict_proba(MODEL, variables, np.full((8, 8, 3), 255.0, np.float32))
+@pytest.mark.parametrize("value", [255.0, -0.5, np.nan])
+def test_a_float_image_out_of_0_to_1_is_refused(variables, value):
+    image = np.zeros((8, 8, 3), np.float32)
+    image[0, 0, 0] = value
+    with pytest.raises(ValueError, match="image has values from .*: give uint8, or float in"):
+        predict.predict_proba(MODEL, variables, image)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (1, 1, 8, 8, 3)])

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,7 @@ def test_a_run_explains_itself(undisturbed):
     workdir, *_ = undisturbed
     kept = {path.name for path in workdir.iterdir()}
     assert kept >= {"config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png"}
+    assert list((workdir / "tensorboard").glob("events.*"))
     config = json.loads((workdir / "config.json").read_text())
     assert config["config"]["features"] == [8, 16] and config["config"]["recipe"] == "unet"
     assert set(config["data"]) == {"train", "validation", "test"} and "jax" in config["versions"]
@@ -136,7 +138,8 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(folders, undistur
     (workdir / "demo").mkdir(parents=True)  # another run inside of this one's folder
     (workdir / "demo" / "notes.txt").write_text("mine")
     moments = ["saving"] * 3 + ["starting"] * 3 + ["training"] * 4
-    for moment in rng.sample(moments, len(moments)):
+    rng.shuffle(moments)
+    for moment in moments:
         before, stale = written(workdir), half_saved(workdir)
         process = start(folders, workdir)
         if moment == "saving":
@@ -149,6 +152,8 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(folders, undistur
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
+        if moment == "saving" and not half_saved(workdir) - stale:
+            moments.append(moment)  # the save was whole already
     assert 0 < written(workdir) < EPOCHS
     finish(start(folders, workdir))
     assert parameters(workdir) == parameters(straight)
@@ -170,6 +175,25 @@ def test_signals_save_in_the_middle_of_an_epoch(folders, undisturbed, tmp_path):
     assert lines(tmp_path) == lines(straight)
 
 
+def test_a_signal_in_an_epoch_is_obeyed_before_its_end(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folders / "cache"))
+    make = train.train.make_train_step
+
+    def interrupted(*args, **options):
+        step = make(*args, **options)
+
+        def send(state, batch, key):
+            if int(state.step) == 8:  # with 7 an epoch
+                signal.raise_signal(signal.SIGTERM)
+            return step(state, batch, key)
+
+        return send
+
+    monkeypatch.setattr(train.train, "make_train_step", interrupted)
+    assert train.main(arguments(folders, tmp_path)) == 128 + signal.SIGTERM
+    assert parameters(tmp_path)[0] == 9 and len(lines(tmp_path)) == 1
+
+
 @pytest.fixture
 def short(folders, tmp_path, monkeypatch):
     """A run of one epoch in this very process."""
@@ -187,6 +211,47 @@ def test_what_changes_the_result_is_refused_and_more_epochs_are_welcome(folders,
     assert (short / "config.json").read_text() == before
     assert train.main(arguments(folders, short, epochs=2)) == 0
     assert [line["epoch"] for line in lines(short)] == [1, 2]
+
+
+def test_a_run_keeps_the_network_that_its_recipe_stood_for(folders, short, capsys):
+    assert evaluate.main(["--workdir", str(short)]) == 0
+    then = json.loads((short / "evaluation-test.json").read_text())["loss"]
+    config = json.loads((short / "config.json").read_text())
+    config["model"]["group_size"] = 8  # as if another version had trained it
+    (short / "config.json").write_text(json.dumps(config))
+    assert train.main(arguments(folders, short, epochs=2)) == 1
+    assert "group_size: 8 -> 1" in capsys.readouterr().err
+    assert evaluate.main(["--workdir", str(short)]) == 0
+    assert json.loads((short / "evaluation-test.json").read_text())["loss"] != then
+
+
+@pytest.mark.parametrize("file", ["config.json", "metrics.jsonl"])
+def test_files_of_something_else_are_not_written_over(folders, tmp_path, capsys, file):
+    (tmp_path / file).write_text('{"mine": 1}\n')
+    assert train.main(arguments(folders, tmp_path)) == 1
+    assert "choose another --workdir" in capsys.readouterr().err
+    assert (tmp_path / file).read_text() == '{"mine": 1}\n'
+
+
+def test_a_history_without_its_checkpoints_is_not_written_over(folders, short, capsys):
+    history = (short / "metrics.jsonl").read_text() * 3
+    (short / "metrics.jsonl").write_text(history)
+    shutil.rmtree(short / "checkpoints")
+    assert train.main(arguments(folders, short)) == 1
+    assert "metrics.jsonl has no checkpoint to go on from" in capsys.readouterr().err
+    assert (short / "metrics.jsonl").read_text() == history
+
+
+def test_tensorboard_is_not_needed(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    assert train.event_writer(tmp_path, 0) is None
+
+
+def test_the_article_learns_in_bfloat16(folders, tmp_path):
+    other = {"recipe": "article", "dtype": "bfloat16"}
+    assert train.main(arguments(folders, tmp_path, epochs=2, **other)) == 0
+    history = lines(tmp_path)
+    assert history[1]["loss"] < history[0]["loss"]
 
 
 def test_other_data_is_refused_and_other_versions_are_warned_of(folders, short, tmp_path, capsys):
@@ -270,6 +335,7 @@ def test_a_split_that_is_empty_is_named(folders, tmp_path, capsys, monkeypatch):
         ({"image_size": 33}, "image_size 33 is no multiple of 2"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"images": "/nowhere"}, "/nowhere is not a folder"),
     ],
 )
@@ -281,6 +347,16 @@ def test_a_setting_that_cannot_work_is_named_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_the_demonstration_reaches_its_score(tmp_path):
+    make = ["make", "--dry-run", "--old-file=.venv/installed", f"BIN={Path(sys.executable).parent}"]
+    root = PROGRAMS.parent
+    commands = subprocess.check_output([*make, "demo"], cwd=root, text=True)
+    commands = commands.replace("runs/demo", str(tmp_path))
+    subprocess.run(["bash", "-e", "-c", commands], cwd=root, check=True)
+    assert json.loads((tmp_path / "evaluation-test.json").read_text())["dice_per_image"] >= 0.85
+
+
 def test_evaluation_needs_the_workdir_alone(undisturbed, capsys):
     workdir, *_ = undisturbed
     assert evaluate.main(["--workdir", str(workdir)]) == 0
@@ -289,6 +365,8 @@ def test_evaluation_needs_the_workdir_alone(undisturbed, capsys):
     assert 0.5 < low < report["dice_per_image"] < high <= 1
     assert f"{report['dice_per_image']:.4f}" in capsys.readouterr().out
     assert report["split"] == "test" and report["checkpoint"] == "best"
+    dice = {line["step"]: line["val_dice_per_image"] for line in lines(workdir)}
+    assert dice[report["step"]] == max(dice.values()) > dice[min(dice)]
     assert set(report) >= {
         *("iou_per_image", "dice_pooled", "iou_pooled", "precision_pooled", "recall_pooled"),
         *("accuracy", "n_images", "iou_per_image_interval", "protocol", "step"),

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import train as train_program
 from PIL import Image
-from recipes import keras_adam
+from recipes import Config, make_recipe
 
 import tfds_kvasir
-from flax_unet import data, losses, predict, train
-from flax_unet.model import ARTICLE
+from flax_unet import data, predict, train
 
 pytestmark = pytest.mark.skipif(
     "KVASIR_SEG_ZIP" not in os.environ, reason="KVASIR_SEG_ZIP does not name the archive"
@@ -29,10 +28,11 @@ def data_dir(tmp_path_factory):
 def test_sixteen_steps_of_the_article(data_dir):
     source = tfds_kvasir.sources("kvasir_seg", data_dir=data_dir)["train"]
     arrays = data.load([source[i] for i in range(128)], 128)
-    tx, key = keras_adam(1e-3), jax.random.key(0)
+    model, tx, loss_fn, change = make_recipe(Config(data_dir, recipe="article"))
+    key = jax.random.key(0)
     create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
-    state = create(ARTICLE, tx, key, (1, 32, 32, 3))
-    step = train.make_train_step(ARTICLE, tx, losses.bce)
+    state = create(model, tx, key, (1, 32, 32, 3))
+    step = train.make_train_step(model, tx, loss_fn, augment=change)
     history = []
     for batch in data.batches(arrays, 8, data.shuffled(128, 0, 0)):
         state, figures = step(state, batch, key)
@@ -42,11 +42,11 @@ def test_sixteen_steps_of_the_article(data_dir):
     assert 0.5 < history[0] < 1 and np.mean(history[-4:]) < history[0]
 
     few = data.Arrays(arrays.image[:5], arrays.mask[:5], arrays.name[:5], "")
-    figures, counts = predict.evaluate(ARTICLE, state.variables, few)
+    figures, counts = predict.evaluate(model, state.variables, few)
     assert figures["n_images"] == 5 and counts.tp.shape == (5, 1)
     assert 0.5 < figures["accuracy"] < 1
     picture = Image.open(io.BytesIO(source[0]["image"]))
-    proba = predict.predict_picture(ARTICLE, state.variables, picture, 128)
+    proba = predict.predict_picture(model, state.variables, picture, 128)
     assert proba.shape == (picture.height, picture.width, 1)
     assert 0 <= proba.min() and proba.max() <= 1
 

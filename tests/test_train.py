@@ -180,6 +180,15 @@ def test_accumulated_gradients_are_those_of_the_batch(parts):
     assert_close(figures, same, rtol=1e-5)
 
 
+def test_a_batch_without_a_real_image_moves_nothing():
+    sgd, batch = optax.sgd(1.0), make_batch()
+    start = jax.device_get(make_state(STILL, sgd).params)
+    batch["weight"][:] = 0
+    after, figures = make_step(STILL, sgd)(make_state(STILL, sgd), batch, jax.random.key(1))
+    assert figures["loss"] == 0
+    assert_close(start, after.params, rtol=0, atol=0)
+
+
 def test_a_batch_that_cannot_be_split_is_refused():
     with pytest.raises(ValueError, match="8 images cannot be split into 3"):
         make_step(accumulate=3)(make_state(), make_batch(), jax.random.key(1))
@@ -189,18 +198,25 @@ def test_four_devices_are_as_good_as_one():
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
     key, batches = jax.random.key(1), [make_batch(seed=s) for s in range(3)]
     results = []
-    for options in ({}, {"mesh": mesh}):
-        state, step = make_state(), make_step(augment=augment.random_flips, **options)
+    for model, options in [
+        (MODEL, {}),
+        (MODEL, {"mesh": mesh}),
+        (STILL, {}),
+        (STILL, {"mesh": mesh, "accumulate": 2}),
+    ]:
+        state, step = make_state(), make_step(model, augment=augment.random_flips, **options)
         for batch in batches:
             state, figures = step(state, batch, key)
         results.append((jax.device_get(state.params), jax.device_get(figures)))
     assert len(state.step.sharding.device_set) == 4
-    assert_close(*results, rtol=1e-4, atol=1e-5)
-    step = make_step(augment=augment.random_flips, mesh=mesh)
+    assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    assert_close(results[2], results[3], rtol=1e-4, atol=1e-5)
     split = NamedSharding(mesh, PartitionSpec("batch"))
-    held = resident(batches[0], lambda x: jax.device_put(x, split))
-    alone = make_step(augment=augment.random_flips)(make_state(), batches[0], key)
-    assert_close(step(make_state(), held, key), alone, rtol=1e-4, atol=1e-5)
+    held = [resident(batch, lambda x: jax.device_put(x, split)) for batch in batches]
+    state, step = make_state(), make_step(augment=augment.random_flips, mesh=mesh)
+    for batch in held:
+        state, _ = step(state, batch, key)
+    assert_close(results[0][0], jax.device_get(state.params), rtol=1e-4, atol=1e-5)
     evaluate = train.make_eval_step(MODEL, losses.bce, mesh=mesh)
     alone = train.make_eval_step(MODEL, losses.bce)
     variables = {"params": results[0][0]}

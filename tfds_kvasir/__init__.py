@@ -1,6 +1,7 @@
 """Kvasir-SEG and drawn polyps as TFDS datasets: importing this registers them by name."""
 
 import contextlib
+import importlib.util
 import io
 import os
 from collections.abc import Sequence
@@ -37,8 +38,13 @@ def sources(
         FileNotFoundError: kvasir_zip, or KVASIR_SEG_ZIP, is not a file.
         ConnectionError: Kvasir-SEG is not here and cannot be downloaded.
         ValueError: the zip is not a sound Kvasir-SEG, and nothing half-made is left; or data_dir
-            holds the dataset as tfrecord.
+            holds the dataset as tfrecord, or damaged (also when an example is read);
+            or array_record is missing, as on Windows.
     """
+    if importlib.util.find_spec("array_record") is None:
+        raise ValueError(
+            f"{name} needs array_record, which Windows lacks: use a folder of pictures"
+        )
     builder = tfds.builder(name, config=config, data_dir=data_dir, **builder_kwargs)
     # TFDS draws progress bars and prints its sizes as unknown; what fails is raised all the same.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -52,21 +58,28 @@ def sources(
             "another folder with data_dir (--data-dir)"
         ) from error
     assert isinstance(splits, dict)
-    return {split: _Source(source) for split, source in splits.items()}
+    return {split: _Source(source, builder.data_path) for split, source in splits.items()}
 
 
 class _Source(Sequence[dict]):
     """What TFDS read, with a str for a name and without the boxes."""
 
-    def __init__(self, source):
-        self._source = source
+    def __init__(self, source, path):
+        self._source, self._path = source, path
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]  # no slices
         # A range gives negative indices their meaning, and the IndexError that ends a loop.
-        example = self._source[range(len(self))[index]]
+        try:
+            example = self._source[range(len(self))[index]]
+        except RuntimeError as error:  # of the C++ reader
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{self._path} cannot be read; if it is damaged, remove it to have it prepared "
+                f"anew: {reason}"
+            ) from error
         return {
             "name": example["name"].decode(),
             "image": example["image"],

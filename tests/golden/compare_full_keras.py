@@ -7,7 +7,9 @@ Run by hand: it takes some minutes and both frameworks.
 """
 
 import platform
+import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,12 @@ import optax
 from flax.traverse_util import unflatten_dict
 from make_keras_golden import ARTICLE, article_keras, from_keras, pictures, variables
 
-from flax_unet.losses import bce
-from flax_unet.model import UNet
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
+from recipes import keras_adam  # noqa: E402
+
+from flax_unet.losses import bce  # noqa: E402
+from flax_unet.model import UNet  # noqa: E402
+from flax_unet.train import TrainState, make_train_step  # noqa: E402
 
 SIZE, BATCH, STEPS = 256, 8, 5
 MODEL = UNet(features=ARTICLE, group_size=None)
@@ -29,34 +35,17 @@ def our_params(model) -> dict:
     return jax.tree.map(jnp.asarray, unflatten_dict(flat, sep="/"))
 
 
-def keras_adam() -> optax.GradientTransformation:
-    """Keras' Adam: its epsilon stands before the bias correction, so in optax' formula it falls."""
-
-    def eps(count):
-        return 1e-7 / jnp.sqrt(1 - 0.999 ** (count + 1))
-
-    return optax.inject_hyperparams(optax.adam)(1e-3, eps=eps)
-
-
 def train_ours(tx: optax.GradientTransformation, params: dict, batches: list):
     """The loss before each step, and the parameters after the last."""
-
-    @jax.jit
-    def step(params, opt_state, image, labels):
-        def loss(params):
-            return bce(MODEL.apply({"params": params}, image), labels).mean()
-
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
-
-    opt_state = tx.init(params)
+    step = make_train_step(MODEL, tx, bce)
+    params = jax.tree.map(jnp.copy, params)  # the step takes them over
+    state = TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     losses = []
     for image, mask in batches:
-        image, mask = jnp.asarray(image / 255, jnp.float32), jnp.asarray(mask, jnp.float32)
-        params, opt_state, value = step(params, opt_state, image, mask)
-        losses.append(float(value))
-    return losses, params
+        batch = {"image": image, "mask": mask, "weight": np.ones(len(image), np.float32)}
+        state, figures = step(state, batch, jax.random.key(0))
+        losses.append(float(figures["loss"]))
+    return losses, state.params
 
 
 def train_keras(model, batches: list) -> list[float]:
@@ -101,7 +90,7 @@ def compare_training(model) -> None:
     print(f"{STEPS} Adam steps, batch {BATCH}, {SIZE}x{SIZE}, loss before each step:")
     print(f"  {'Keras':22}", *(f"{value:.7f}" for value in keras_losses))
     optimizers = {
-        "optax, Keras' epsilon": keras_adam(),
+        "optax, Keras' epsilon": keras_adam(1e-3),
         "optax.adam, eps=1e-7": optax.adam(1e-3, b1=0.9, b2=0.999, eps=1e-7),
         "optax.adam, eps=1e-8": optax.adam(1e-3),
     }

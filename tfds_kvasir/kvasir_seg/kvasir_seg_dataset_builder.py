@@ -20,8 +20,8 @@ URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
 THRESHOLD = 127  # JPEG left no grey of any mask in 11..244
 LIMIT = 64_000_000  # pixels of a picture and bytes of its file; the largest real one has 2 million
 
-NO_DATA = f"""\
-Kvasir-SEG is not here and {URL} cannot be reached. Download it where there is a network, then
+WAYS = """\
+Download it where there is a network, then
 - pass its path: --kvasir-zip kvasir-seg.zip, or in Python
   tfds.builder("kvasir_seg", kvasir_zip="kvasir-seg.zip"), or
 - name its path in the environment variable KVASIR_SEG_ZIP, or
@@ -136,8 +136,13 @@ class Builder(SegmentationBuilder):
                 with requests.get(URL, stream=True, timeout=5) as response:
                     response.raise_for_status()
             except requests.RequestException as error:
-                raise ConnectionError(NO_DATA) from error
-        return Path(dl_manager.download(URL))
+                raise ConnectionError(
+                    f"Kvasir-SEG is not here and {URL} cannot be reached. {WAYS}"
+                ) from error
+        try:
+            return Path(dl_manager.download(URL))
+        except Exception as error:  # TFDS' own, and those of what it downloads with
+            raise ValueError(f"{URL}: {error}\n{WAYS}") from error
 
 
 def _pairs(path: Path) -> dict[str, tuple[str, str]]:

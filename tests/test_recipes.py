@@ -1,0 +1,93 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipes
+from recipes import Config, make_recipe
+
+from flax_unet import augment, losses
+from flax_unet.model import ARTICLE, UNet
+
+
+def test_keras_adam_is_the_formula_of_keras():
+    rng, rate = np.random.default_rng(0), 1e-2
+    # Most gradients of a U-Net are smaller than epsilon, and there its place decides.
+    gradients = rng.choice([-1, 1], (5, 40)) * 10 ** rng.uniform(-9, 0, (5, 40))
+    m = v = moved = np.zeros(40)
+    for t, g in enumerate(gradients, start=1):  # keras/src/optimizers/adam.py, update_step
+        m, v = m + (g - m) * (1 - 0.9), v + (g * g - v) * (1 - 0.999)
+        moved = moved - rate * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-7)
+
+    tx, total = recipes.keras_adam(rate), jnp.zeros(40)
+    state = tx.init(total)
+    for g in jnp.asarray(gradients, jnp.float32):
+        updates, state = tx.update(g, state)
+        total = total + updates
+    # float32 knows 1 - 0.999^t to 6e-5 of it
+    np.testing.assert_allclose(total, moved, rtol=1e-4, atol=1e-5 * rate)
+
+
+def test_the_article_is_the_article(tmp_path):
+    model, _, loss_fn, change = make_recipe(Config(tmp_path, recipe="article"))
+    assert model == ARTICLE.clone(dtype=jnp.dtype("float32"))
+    assert loss_fn is losses.bce and change is None
+    defaults = Config(tmp_path)
+    assert (defaults.batch_size, defaults.epochs, defaults.image_size) == (8, 100, 256)
+    assert defaults.learning_rate == 1e-3
+
+
+def test_the_default_has_its_widths_with_norm_and_flips(tmp_path):
+    model, _, loss_fn, change = make_recipe(Config(tmp_path))
+    assert model.features == ARTICLE.features and model.convs == ARTICLE.convs
+    assert model.group_size == 1 and model.dropout == 0
+    assert loss_fn is losses.bce and change is augment.random_flips
+
+
+def test_the_type_of_the_computation_is_the_models(tmp_path):
+    recipe = make_recipe(Config(tmp_path, dtype="bfloat16", features=(4, 8)))
+    image = jnp.zeros((1, 8, 8, 3))
+    variables = jax.eval_shape(recipe.model.init, jax.random.key(0), image)
+
+    def text(model):
+        return str(jax.make_jaxpr(model.apply)(variables, image))
+
+    assert "bf16" in text(recipe.model) and "bf16" not in text(UNet(features=(4, 8)))
+
+
+def test_config_json_gives_back_the_configuration_and_the_network(tmp_path):
+    for recipe in ("unet", "article"):
+        config = Config(tmp_path, recipe=recipe, features=(4, 8), dtype="bfloat16")
+        stored = json.loads(json.dumps(recipes.to_json(config, {"train": "0" * 64})))
+        assert recipes.from_json(stored, tmp_path) == (config, make_recipe(config).model)
+        assert stored["training"]["loss"] == "bce"
+    assert stored["model"]["dropout"] == [0.1, 0.1] and stored["model"]["group_size"] is None
+
+
+@pytest.mark.parametrize("part", ["config", "model"])
+def test_a_configuration_of_another_version_is_named(tmp_path, part):
+    stored = recipes.to_json(Config(tmp_path), {})
+    stored[part]["depth"] = 3
+    with pytest.raises(ValueError, match="config.json is of another version"):
+        recipes.from_json(stored, tmp_path)
+
+
+def test_a_picture_as_small_as_the_stride_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="image_size 32 leaves the bottleneck one pixel"):
+        make_recipe(Config(tmp_path, image_size=32))
+    assert make_recipe(Config(tmp_path, image_size=32, recipe="article")).model.stride == 32
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"images": "here"}, "--images goes with --dataset folder"),
+        ({"masks": "here"}, "--masks goes with --dataset folder"),
+        ({"kvasir_zip": "x.zip", "dataset": "synthetic_polyps"}, "--kvasir-zip goes with"),
+        ({"dataset": "folder", "images": "here"}, "needs --images DIR and --masks DIR"),
+    ],
+)
+def test_a_flag_of_another_data_set_is_refused(tmp_path, flags, words):
+    with pytest.raises(ValueError, match=words):
+        recipes.open_sources(Config(tmp_path, **flags))
