@@ -65,11 +65,12 @@ def save_curves(path: str | os.PathLike, history: Sequence[dict[str, Any]]) -> N
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     epochs = [line["epoch"] for line in history]
     titles = {"loss": "loss", "dice_per_image": "Dice, mean over images"}
-    for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+    loss, dice = figure.subplots(1, 2)
+    dice.set_ylim(0, 1)
+    for axes, (key, title) in zip((loss, dice), titles.items(), strict=True):
         axes.plot(epochs, [line[key] for line in history], label="training")
         axes.plot(epochs, [line[f"val_{key}"] for line in history], label="validation")
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend()
-    axes.set_ylim(0, 1)  # of Dice, the last
     figure.savefig(path, dpi=120)
