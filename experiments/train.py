@@ -228,7 +228,9 @@ def create_state(config: Config, key: jax.Array) -> train.TrainState:
     """The state of a new run."""
     model, tx, *_ = make_recipe(config)
     create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
-    return create(model, tx, key, (1, model.stride, model.stride, 3))
+    state = create(model, tx, key, (1, model.stride, model.stride, 3))
+    # Bound to its device as a restored state is, or XLA would compile the step anew for that one.
+    return jax.device_put(state, jax.devices()[0])
 
 
 def fit(

@@ -158,6 +158,8 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(folders, undistur
     finish(start(folders, workdir))
     assert parameters(workdir) == parameters(straight)
     assert lines(workdir) == lines(straight)
+    # A new run and a resumed one share the compiled step.
+    assert len(list((folders / "compiled").glob("jit_train_step-*-cache"))) == 1
     assert (workdir / "demo" / "notes.txt").read_text() == "mine"
 
 
