@@ -60,7 +60,7 @@ def save(
     step = int(state.step)
     if step in checkpoints.all_steps():
         return
-    # Orbax reads the CPU's own arrays while the next step writes over them: give it a copy.
+    # The next step writes over these arrays; a copy is Orbax' own to read after it has returned.
     state = jax.tree.map(jnp.copy, state)
     checkpoints.save(
         step,

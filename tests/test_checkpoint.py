@@ -51,7 +51,7 @@ def test_a_run_goes_on_after_a_checkpoint_in_the_middle(tmp_path):
         assert checkpoints.best_step() == checkpoints.latest_step() == 3
 
 
-def test_what_is_saved_is_not_what_donated_steps_write_over_it(tmp_path, monkeypatch):
+def test_what_is_saved_is_not_what_donated_steps_write_over_it(tmp_path):
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.random((2, 8, 8, 3), np.float32),
@@ -62,19 +62,9 @@ def test_what_is_saved_is_not_what_donated_steps_write_over_it(tmp_path, monkeyp
     state, _ = step(jax.jit(create)(jax.random.key(0)), batch, jax.random.key(1))
     saved = jax.tree.map(np.array, state)  # copies
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
-        begin, begun = checkpoints.save, []
-
-        def note(step, **given):
-            begun.append(given["args"]["state"].item)
-            begin(step, **given)
-
-        monkeypatch.setattr(checkpoints, "save", note)
         checkpoint.save(checkpoints, state, {})
         for _ in range(20):
             state, _ = step(state, batch, jax.random.key(1))
-        # Even a save that reads its arrays only now would find them.
-        for a, b in zip(*map(jax.tree.leaves, (saved, begun[0])), strict=True):
-            np.testing.assert_array_equal(a, b)
         checkpoints.wait_until_finished()
         restored, _ = checkpoint.restore(checkpoints, abstract())
     for a, b in zip(*map(jax.tree.leaves, (saved, restored)), strict=True):
