@@ -47,9 +47,7 @@ def check_workdir(config: Config, fingerprints: dict[str, str], begun: bool) -> 
             or the files there are of something else.
     """
     new = to_json(config, fingerprints)
-    if not begun:
-        check_unused(config.workdir)
-    else:
+    if begun:
         old, changes = read_json(config.workdir), {}
         for part in DETERMINES:
             changes |= differences(old[part], new[part])
@@ -64,6 +62,8 @@ def check_workdir(config: Config, fingerprints: dict[str, str], begun: bool) -> 
         if changes:
             print(f"warning: not as it was before: {listed(changes)}")
         new |= {"versions": old["versions"], "device": old["device"]}
+    else:
+        check_unused(config.workdir)
     write_atomically(config.workdir / "config.json", json.dumps(new, indent=2) + "\n")
 
 

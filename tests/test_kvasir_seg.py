@@ -313,6 +313,12 @@ def test_a_path_that_is_not_there_is_an_error(shop, monkeypatch, source):
     check_nothing_is_left(shop.data_dir)
 
 
+def test_a_machine_without_array_record_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="kvasir_seg needs array_record"):
+        tfds_kvasir.sources("kvasir_seg", data_dir=tmp_path)
+
+
 @pytest.mark.parametrize("size", [None, 0, 100])
 def test_prepared_data_that_is_damaged_is_named(shop, size):
     given = {"kvasir_zip": shop.zip(24)}

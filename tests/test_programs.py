@@ -442,6 +442,12 @@ def test_no_picture_is_written_over(undisturbed, tmp_path, capsys):
     assert (tmp_path / "a-mask.png").read_bytes() == before
 
 
+def test_a_threshold_that_is_no_probability_is_refused(tmp_path, capsys):
+    command = ["--workdir", str(tmp_path), "--out", str(tmp_path), "--threshold", "1.5"]
+    assert predict.main([*command, str(tmp_path)]) == 1
+    assert "threshold is 1.5: it must be in [0, 1)" in capsys.readouterr().err
+
+
 def test_two_pictures_with_one_name_are_refused(undisturbed, tmp_path, capsys):
     workdir, *_ = undisturbed
     for suffix in ("png", "jpg"):
