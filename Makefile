@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-versions lint clean
+.PHONY: demo test test-all test-versions lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python experiments/train.py --workdir runs/demo --dataset synthetic_polyps \
@@ -24,6 +24,16 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+# Beside Keras and PyTorch, in an environment with both; half an hour on two cores.
+bench: .venv-bench/installed
+	mkdir -p runs
+	.venv-bench/bin/python benchmarks/cpu.py --out runs/bench-cpu.json
+
+.venv-bench/installed: benchmarks/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --requirement benchmarks/requirements.txt --editable .
+	@touch $@
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

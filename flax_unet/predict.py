@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from flax_unet import data, metrics
+from flax_unet.cpu import compiler_options
 from flax_unet.losses import bce
-from flax_unet.train import Loss, compiler_options, make_eval_step
+from flax_unet.train import Loss, make_eval_step
 
 
 @lru_cache(maxsize=8)

@@ -6,7 +6,7 @@ A batch is a dict: `image` [B, H, W, 3], uint8 or float in [0, 1]; `mask` [B, H,
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_unet import metrics
 from flax_unet.augment import Augment
+from flax_unet.cpu import compiler_options
 from flax_unet.data import as_float
 
 Batch = Mapping[str, jax.Array | np.ndarray]
@@ -40,15 +41,6 @@ class TrainState:
         return {"params": self.params, **self.model_state}
 
 
-def _rbg(key: jax.Array) -> jax.Array:
-    """A key, from a key, for XLA's own generator of random bits.
-
-    It compiles several times faster than JAX's threefry, of which a network has dozens, and runs
-    faster. What it draws depends on the kind of device, and under `vmap` on the batch.
-    """
-    return jax.random.wrap_key_data(jax.random.bits(key, (4,), jnp.uint32), impl="rbg")
-
-
 def create_train_state(
     model: nn.Module, tx: optax.GradientTransformation, key: jax.Array, image_shape: tuple[int, ...]
 ) -> TrainState:
@@ -60,7 +52,10 @@ def create_train_state(
         key: a PRNG key for the initial parameters.
         image_shape: (B, H, W, C); the parameters depend on C alone.
     """
-    model_state = dict(model.init(_rbg(key), jnp.zeros(image_shape, jnp.float32)))
+    # XLA's own generator: it compiles several times faster than JAX's threefry, of which a network
+    # has dozens. What it draws depends on the kind of device.
+    rbg = jax.random.wrap_key_data(jax.random.bits(key, (4,), jnp.uint32), impl="rbg")
+    model_state = dict(model.init(rbg, jnp.zeros(image_shape, jnp.float32)))
     params = model_state.pop("params")
     return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
 
@@ -115,7 +110,7 @@ def train_step(
             {"params": params, **model_state},
             image,
             train=True,
-            rngs={"dropout": _rbg(key)},
+            rngs={"dropout": key},
             mutable=list(model_state),
         )
         loss = loss_fn(logits, labels)
@@ -181,25 +176,6 @@ def _check_loss(loss: jax.Array, weight: jax.Array) -> None:
             f"the loss has shape {loss.shape} and weight {weight.shape}: both must be [B], one "
             "value an image"
         )
-
-
-@cache
-def compiler_options(remat: bool = False) -> dict[str, str]:
-    """What XLA should be told on this backend.
-
-    On jax 0.10 the CPU backend hands convolutions to YNN, which takes 1.5 to 4 times as long as
-    Eigen for all but the narrowest layers: leave YNN the matrix products alone. And it removes the
-    barriers that keep what is to be computed again from being merged with what was computed first.
-    """
-    if jax.default_backend() != "cpu":
-        return {}
-    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if remat else {}
-    convolutions = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-    try:
-        jax.jit(lambda: 0, compiler_options=convolutions).lower().compile()
-    except Exception:  # an older or newer XLA that knows no such flag: its type differs by version
-        return options
-    return options | convolutions
 
 
 def make_train_step(

@@ -94,6 +94,35 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert (Dropout(0.3).apply({}, x, False) == x).all()
 
 
+def test_dropout_of_one_entry_says_nothing_of_another_nor_of_another_key():
+    def mask(seed):
+        ones = jnp.ones((8, 64, 64, 16))
+        return np.asarray(
+            Dropout(0.5).apply({}, ones, True, rngs={"dropout": jax.random.key(seed)})
+        )
+
+    first = mask(0) - 1  # of -1 and 1
+    others = [mask(seed) - 1 for seed in (1, 2, 2**20)]
+    others += [np.roll(first, shift, axis) for axis in range(4) for shift in (1, 2, 4)]
+    others += [np.roll(others[0], 1, 3), first[::-1], first[:, :, :, ::-1]]
+    for other in others:  # correlations, in standard deviations
+        assert abs((first * other).sum()) / first.size**0.5 < 4
+    # Sums of 64 entries spread as those of fair coins: a variance of 64, within 4 deviations.
+    for axes in ((3, 0, 1, 2), (0, 1, 2, 3), (1, 3, 0, 2)):
+        sums = first.transpose(axes).reshape(-1, 64).sum(1)
+        assert abs(sums.var() / 64 - 1) < 4 * (2 / len(sums)) ** 0.5
+
+
+def test_dropout_is_the_same_alone_and_under_vmap():
+    x, keys = normal(0, 3, 2, 4, 4, 5), jax.random.split(jax.random.key(1), 3)
+
+    def drop(x, key):
+        return Dropout(0.3).apply({}, x, True, rngs={"dropout": key})
+
+    for alone, x_i, key in zip(jax.vmap(drop)(x, keys), x, keys, strict=True):
+        np.testing.assert_array_equal(alone, drop(x_i, key))
+
+
 def test_dropout_stands_before_the_last_convolution_and_only_in_training():
     x = normal(0, 1, 8, 8, 3)
     block = Block(4, convs=3, group_size=None, dropout=0.5, dtype=jnp.float32)

@@ -1,0 +1,67 @@
+"""The article's network and step in Keras on TensorFlow: `keras_peer.py IMAGES`; see worker.py."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "golden"))
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+from make_keras_golden import ARTICLE, article_keras  # noqa: E402
+from worker import pictures, serve  # noqa: E402
+
+CHANGES = [
+    keras.layers.RandomFlip(),
+    keras.layers.RandomRotation(0.5, fill_mode="constant"),
+    keras.layers.RandomZoom(0.2, fill_mode="constant"),
+    keras.layers.RandomShear(0.1, 0.1, fill_mode="constant"),
+    keras.layers.RandomTranslation(0.1, 0.1, fill_mode="constant"),
+    keras.layers.RandomBrightness(0.2, value_range=(0, 255)),
+    keras.layers.RandomContrast(0.2, value_range=(0, 255)),
+    keras.layers.RandomSaturation((0.4, 0.6), value_range=(0, 255)),
+    keras.layers.RandomHue(0.03, value_range=(0, 255)),
+]
+
+
+def changed(image, mask):
+    """A batch of pictures in [0, 255] with their masks, changed at random."""
+    both = {"images": tf.cast(image, tf.float32), "segmentation_masks": mask}
+    for layer in CHANGES:
+        both = layer(both, training=True)
+    return both["images"], both["segmentation_masks"]
+
+
+def main() -> None:
+    keras.utils.set_random_seed(0)
+    model = article_keras(ARTICLE)
+    assert model.count_params() == 11_707_729
+    model.compile(optimizer="adam", loss="binary_crossentropy")
+    image, mask = pictures(int(sys.argv[1]))
+    answer = tf.function(lambda x: model(x, training=False))
+
+    def dataset(kind: str, batch: int) -> tf.data.Dataset:
+        found = tf.data.Dataset.from_tensor_slices((image, mask)).shuffle(len(image)).batch(batch)
+        if kind == "augmented":
+            found = found.map(changed, num_parallel_calls=tf.data.AUTOTUNE)
+        return found.prefetch(tf.data.AUTOTUNE)
+
+    def work(kind: str, precision: str, batch: int, times: int) -> None:
+        assert precision == "float32"
+        ready = tf.constant(np.float32(image[:batch]))
+        for _ in range(times):
+            if kind == "step":
+                model.train_on_batch(ready, np.float32(mask[:batch]))
+            elif kind == "infer":
+                answer(ready).numpy()
+            else:
+                model.fit(dataset(kind, batch), verbose=0)
+
+    serve(work)
+
+
+if __name__ == "__main__":
+    main()

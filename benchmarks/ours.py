@@ -1,0 +1,85 @@
+"""flax_unet, as the conductor asks for it: `python benchmarks/ours.py IMAGES`; see worker.py."""
+
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import count, repeat
+from typing import Any
+
+import jax
+import optax
+from worker import SIZE, pictures, serve
+
+from flax_unet import augment, data, losses, predict, train
+from flax_unet.model import ARTICLE
+
+KEY = jax.random.key(1)
+TX = optax.adam(1e-3, eps=1e-7)
+CHANGE = augment.chain(augment.random_affine, augment.random_colour)
+
+
+@cache
+def arrays(n: int) -> data.Arrays:
+    image, mask = pictures(n)
+    return data.to_device(data.Arrays(image, mask, [""] * len(image), ""))
+
+
+def network(precision: str) -> Any:
+    """The article's network. JAX computes in TF32 on a GPU unless it is told not to."""
+    jax.config.update("jax_default_matmul_precision", "highest" if precision == "float32" else None)
+    return ARTICLE.clone(dtype="bfloat16" if precision == "bfloat16" else "float32")
+
+
+def fresh(precision: str) -> train.TrainState:
+    create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
+    return create(network(precision), TX, jax.random.key(0), (1, SIZE, SIZE, 3))
+
+
+@cache
+def variables(precision: str) -> Any:
+    return fresh(precision).variables
+
+
+@cache
+def trainer(precision: str, augmented: bool) -> Callable[[Iterable[Any]], None]:
+    """A function that takes a step on each of some batches and waits for the last."""
+    model, state = network(precision), fresh(precision)
+    step = train.make_train_step(model, TX, losses.bce, augment=CHANGE if augmented else None)
+
+    def run(batches: Iterable[Any]) -> None:
+        nonlocal state
+        figures = None
+        for batch in batches:
+            state, figures = step(state, batch, KEY)
+        jax.block_until_ready(figures)
+
+    return run
+
+
+@cache
+def numbers() -> Any:
+    return count()
+
+
+def work(kind: str, precision: str, batch: int, times: int) -> None:
+    model, held = network(precision), arrays(int(sys.argv[1]))
+    if kind == "step":
+        first = jax.device_put(next(data.batches(held, batch)))
+        trainer(precision, False)(repeat(first, times))
+    elif kind == "infer":
+        image = held.image[:batch]
+        answers = [predict.predict_proba(model, variables(precision), image) for _ in range(times)]
+        jax.block_until_ready(answers)
+    else:
+        for _ in range(times):
+            order = data.shuffled(len(held.image), 0, next(numbers()))
+            trainer(precision, kind == "augmented")(data.batches(held, batch, order))
+
+
+def peak() -> int:
+    """Bytes that were in use on the device at most."""
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+
+if __name__ == "__main__":
+    serve(work, None if jax.default_backend() == "cpu" else peak)

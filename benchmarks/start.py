@@ -1,0 +1,145 @@
+"""What comes before the first step, and memory: `python benchmarks/start.py`; five minutes.
+
+Compiling the article's training step with and without what an earlier start left in a cache folder;
+pictures decoded and resized a second, by `flax_unet.data.load` and by PyTorch's DataLoader with
+Pillow, in turn; and the memory of a process that trains at 1024x1024 with batch 1.
+"""
+
+import io
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from conductor import ratio
+from PIL import Image
+from worker import pictures
+
+PICTURES, SIDE, SIZE, ROUNDS = 200, 600, 256, 7
+
+
+def compiled(size: int, batch: int) -> tuple[Callable[[], object], float]:
+    """A function that takes a step of the article's network, and the seconds to compile it."""
+    import jax
+    import optax
+
+    from flax_unet import losses, train
+    from flax_unet.model import ARTICLE
+
+    tx, key = optax.adam(1e-3), jax.random.key(0)
+    create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
+    state = create(ARTICLE, tx, key, (1, size, size, 3))
+    image, mask = pictures(batch, size)
+    arrays = {"image": image, "mask": mask, "weight": np.ones(batch, np.float32)}
+    began = time.perf_counter()
+    step = train.make_train_step(ARTICLE, tx, losses.bce).lower(state, arrays, key).compile()
+    seconds = time.perf_counter() - began
+
+    def take() -> None:
+        nonlocal state
+        state, figures = step(state, arrays, key)
+        jax.block_until_ready(figures)
+
+    return take, seconds
+
+
+def compile_seconds() -> float:
+    return compiled(256, 8)[1]
+
+
+def gigabytes() -> float:
+    """GiB of this process after three steps."""
+    take, _ = compiled(1024, 1)
+    for _ in range(3):
+        take()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def child(function: Callable[[], float], cache: str = "") -> float:
+    """What a function returns in a new process."""
+    kept = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_COMPILATION_CACHE_DIR": cache}
+    environment = os.environ | (kept if cache else {})
+    command = [sys.executable, __file__, function.__name__]
+    return float(
+        subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    )
+
+
+def encoded() -> list[dict[str, Any]]:
+    """Drawn pictures as JPEG and their masks as PNG."""
+
+    def encode(array: Any, kind: str) -> bytes:
+        stream = io.BytesIO()
+        Image.fromarray(array).save(stream, kind)
+        return stream.getvalue()
+
+    images, masks = pictures(PICTURES, SIDE)
+    return [
+        {"name": str(i), "image": encode(image, "jpeg"), "mask": encode(255 * mask[..., 0], "png")}
+        for i, (image, mask) in enumerate(zip(images, masks, strict=True))
+    ]
+
+
+def ours(source: Sequence[dict[str, Any]]) -> None:
+    from flax_unet import data
+
+    data.load(source, SIZE)
+
+
+def torchs(source: Sequence[dict[str, Any]]) -> None:
+    from torch.utils.data import DataLoader, Dataset
+
+    class Pairs(Dataset):
+        def __len__(self) -> int:
+            return len(source)
+
+        def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+            image = Image.open(io.BytesIO(source[i]["image"])).convert("RGB")
+            mask = Image.open(io.BytesIO(source[i]["mask"])).convert("L")
+            bilinear, box = Image.Resampling.BILINEAR, Image.Resampling.BOX
+            return (
+                np.array(image.resize((SIZE, SIZE), bilinear)),
+                np.array(mask.resize((SIZE, SIZE), box)) > 127,
+            )
+
+    for _ in DataLoader(Pairs(), 8, num_workers=os.cpu_count() or 1):
+        pass
+
+
+def rate(load: Callable[[Sequence[dict[str, Any]]], None], source: list[dict[str, Any]]) -> float:
+    began = time.perf_counter()
+    load(source)
+    return len(source) / (time.perf_counter() - began)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        cold, cached = [], []
+        child(compile_seconds, folder)
+        for _ in range(ROUNDS):
+            cold.append(child(compile_seconds))
+            cached.append(child(compile_seconds, folder))
+    print(f"compile, s: cold {statistics.median(cold):.1f} ({min(cold):.1f} to {max(cold):.1f})")
+    print(f"from the cache {statistics.median(cached):.1f} ({min(cached):.1f}-{max(cached):.1f})")
+    source = encoded()
+    rates = {load: [] for load in (ours, torchs)}
+    for i in range(ROUNDS):
+        for load in (ours, torchs) if i % 2 == 0 else (torchs, ours):
+            rates[load].append(rate(load, source))
+    for load, found in rates.items():
+        print(f"{load.__name__}: {statistics.median(found):.0f} pictures a second")
+    print(f"ours / torchs: {ratio(rates[ours], rates[torchs])}")
+    print(f"memory at 1024x1024, batch 1: {child(gigabytes):.2f} GiB")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(globals()[sys.argv[1]]())
+    else:
+        main()

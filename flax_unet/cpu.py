@@ -1,0 +1,59 @@
+"""What XLA must be told, or given in another form, to be fast on a CPU.
+
+Measured in docs/benchmarks.md; on other backends nothing here changes anything.
+"""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@cache
+def compiler_options(remat: bool = False) -> dict[str, str]:
+    """What XLA should be told on this backend.
+
+    On jax 0.10 the CPU backend hands convolutions to YNN, which takes 1.5 to 4 times as long as
+    Eigen for all but the narrowest layers: leave YNN the matrix products alone. And it removes the
+    barriers that keep what is to be computed again from being merged with what was computed first.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if remat else {}
+    convolutions = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    try:
+        jax.jit(lambda: 0, compiler_options=convolutions).lower().compile()
+    except Exception:  # an older or newer XLA that knows no such flag: its type differs by version
+        return options
+    return options | convolutions
+
+
+def convolve(
+    image: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated`, which `flax.linen.Conv` calls, by the quickest way.
+
+    Eigen gathers the windows of a picture of three channels number by number. With two pixels of a
+    row taken as one of six channels its runs are longer, and it computes two results at a time.
+    """
+    few, even = image.shape[-1] < 8, image.shape[-2] % 2 == 0
+    plain = kernel.shape[:2] == (3, 3) and padding == "SAME" and set(strides) == {1}
+    if jax.default_backend() == "cpu" and few and even and plain:
+        return _convolve_pairs(image, kernel)
+    return jax.lax.conv_general_dilated(image, kernel, strides, padding, **options)
+
+
+def _convolve_pairs(image: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The 'same' convolution of [B, H, W, C], W even, with [3, 3, C, F]: [B, H, W, F].
+
+    Of the pairs (pixel 2j - 1, pixel 2j), two neighbours hold the windows of pixels 2j and 2j + 1.
+    """
+    b, h, w, c = image.shape
+    pairs = jnp.pad(image, ((0, 0), (0, 0), (1, 1), (0, 0))).reshape(b, h, w // 2 + 1, 2 * c)
+    first, second = (jnp.pad(kernel, ((0, 0), (i, 1 - i), (0, 0), (0, 0))) for i in (0, 1))
+    both = jnp.stack([first, second], axis=-2).reshape(3, 2, 2 * c, -1)
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    padding = ((1, 1), (0, 0))
+    result = jax.lax.conv_general_dilated(pairs, both, (1, 1), padding, None, None, dimensions)
+    return result.reshape(b, h, w, -1)
