@@ -92,7 +92,8 @@ def _markdown(figures: Figures, cell, without: str | None = None) -> str:
 
 def about() -> str:
     """Date, machine and versions."""
-    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    found = metadata.distributions()
+    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in found}
     versions = [f"{name} {installed[name]}" for name in PACKAGES if name in installed]
     cores = f"{os.cpu_count()} cores"
     return ", ".join(

@@ -3,7 +3,8 @@
 The article's network, 11,707,729 parameters, at 256x256, dropout and Adam included. Each framework
 has a process of its own and all of the cores; they are asked in turn, A B C C B A, so that a busy
 machine slows them alike. Inference is asked of processes that do nothing else, as a program that
-predicts: after a training step PyTorch keeps memory that makes it quicker. Prints the tables of docs/benchmarks.md, writes all figures to FILE.
+predicts: PyTorch's is quicker after a training step, for it keeps memory that it then needs not ask
+for. Prints the tables of docs/benchmarks.md, writes all figures to FILE.
 """
 
 import argparse
