@@ -25,7 +25,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-# Beside Keras and PyTorch, in an environment with both; half an hour on two cores.
+# Beside Keras and PyTorch, in an environment with both.
 bench: .venv-bench/installed
 	mkdir -p runs
 	.venv-bench/bin/python benchmarks/cpu.py --out runs/bench-cpu.json

@@ -78,7 +78,10 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
 
 def ratios(figures: Figures, ours: str) -> str:
     """Markdown: each `ratio` of ours."""
-    cell = lambda task, name: ratio(figures[task][ours], figures[task][name])  # noqa: E731
+
+    def cell(task: str, name: str) -> str:
+        return ratio(figures[task][ours], figures[task][name])
+
     return _markdown(figures, cell, without=ours)
 
 

@@ -16,6 +16,7 @@ from flax_unet.model import ARTICLE
 KEY = jax.random.key(1)
 TX = optax.adam(1e-3, eps=1e-7)
 CHANGE = augment.chain(augment.random_affine, augment.random_colour)
+EPOCH = count()
 
 
 @cache
@@ -56,11 +57,6 @@ def trainer(precision: str, augmented: bool) -> Callable[[Iterable[Any]], None]:
     return run
 
 
-@cache
-def numbers() -> Any:
-    return count()
-
-
 def work(kind: str, precision: str, batch: int, times: int) -> None:
     model, held = network(precision), arrays(int(sys.argv[1]))
     if kind == "step":
@@ -72,7 +68,7 @@ def work(kind: str, precision: str, batch: int, times: int) -> None:
         jax.block_until_ready(answers)
     else:
         for _ in range(times):
-            order = data.shuffled(len(held.image), 0, next(numbers()))
+            order = data.shuffled(len(held.image), 0, next(EPOCH))
             trainer(precision, kind == "augmented")(data.batches(held, batch, order))
 
 

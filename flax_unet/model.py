@@ -17,7 +17,7 @@ he_normal = nn.initializers.he_normal()
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 in which every bit of the argument flips half of the result's."""
+    """A bijection of uint32 in which every bit of the argument flips about half of the result's."""
     # The constants that Chris Wellons' hash-prospector found to have the least bias.
     x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
     x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)
