@@ -41,7 +41,7 @@ class Peer:
         raise SystemExit(f"{self.process.args} ended with code {self.process.wait()}")
 
     def ask(self, question: str) -> float:
-        """The seconds that the work took."""
+        """The seconds that the work took each time."""
         return self._answer(question)["seconds"]
 
     def first(self, question: str) -> float:
@@ -53,7 +53,7 @@ class Peer:
 
 
 def measure(peers: dict[str, Peer], asked: dict[str, str], rounds: int) -> dict[str, list[float]]:
-    """{name: seconds of each round}, without what is compiled or started at the first time."""
+    """{name: seconds in each round}, without what is compiled or started at the first time."""
     times: dict[str, list[float]] = {name: [] for name in asked}
     for name, question in asked.items():
         peers[name].ask(question)

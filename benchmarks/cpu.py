@@ -22,11 +22,10 @@ PEERS = {
     "PyTorch, compiled": (["torch_peer.py", "compile", str(IMAGES)], "float32"),
     "PyTorch, bfloat16": (["torch_peer.py", "eager", str(IMAGES)], "bfloat16"),
 }
-INPUT, STEP = "steps of an epoch", "training step, batch 8"
 #: What is asked: a name, and the question without its precision.
-INFERENCE = {"inference, batch 1": "infer {} 1 1", "inference, batch 8": "infer {} 8 1"}
+INFERENCE = {"inference, batch 1": "infer {} 1 16", "inference, batch 8": "infer {} 8 4"}
 TRAINING = {
-    STEP: "step {} 8 1",
+    "training step, batch 8": "step {} 8 3",
     f"epoch, {IMAGES} images": "epoch {} 8 1",
     f"epoch, {IMAGES} images, augmented": "augmented {} 8 1",
 }
@@ -52,22 +51,23 @@ def main() -> None:
     starts, memory = {}, {}
     for name in names:  # one after the other: each has the machine for itself
         peers[name] = Peer(PEERS[name][0])
-        starts[name] = [peers[name].first(TRAINING[STEP].format(PEERS[name][1]))]
+        starts[name] = [peers[name].first(f"step {PEERS[name][1]} 8 1")]
         memory[name] = [peers[name].peak / 1e6]
     figures |= {"cold start to the first step": starts, "peak memory after it, MB": memory}
     for task, question in TRAINING.items():
         figures[task] = measure(peers, asked(question), options.rounds)
     # Beside bare steps in the same minutes: does the input keep the step waiting?
-    waiting = {"bare": f"step float32 8 {IMAGES // 8}"}
+    steps = IMAGES // 8
+    waiting = {"bare": f"step float32 8 {steps}"}
     waiting |= {kind: f"{kind} float32 8 1" for kind in ("epoch", "augmented")}
-    figures[INPUT] = waits = measure(dict.fromkeys(waiting, peers[OURS]), waiting, options.rounds)
-    save(options.out, figures)
-    del figures[INPUT]
+    waits = measure(dict.fromkeys(waiting, peers[OURS]), waiting, options.rounds)
+    save(options.out, figures | {"an epoch's wait": waits})
     print(about(), platform.processor() or platform.machine())
     print("\nseconds, median:\n\n" + table(figures))
     print("\nours / theirs, median of the rounds (range):\n\n" + ratios(figures, OURS))
+    bare = [steps * seconds for seconds in waits["bare"]]
     for kind in ("epoch", "augmented"):
-        print(f"{kind} / its bare steps: {ratio(waits[kind], waits['bare'])}")
+        print(f"{kind} / its bare steps: {ratio(waits[kind], bare)}")
 
 
 if __name__ == "__main__":

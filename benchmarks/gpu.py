@@ -84,7 +84,7 @@ def rates(end: float) -> Figures:
         if time.time() > end:
             print(f"no time left for {kind} {precision} {batch} and what follows")
             break
-        times, images = (STEPS, STEPS * batch) if kind == "step" else (1, IMAGES)
+        times, images = (STEPS, batch) if kind == "step" else (1, IMAGES)
         asked = dict.fromkeys(peers, f"{kind} {precision} {batch} {times}")
         seconds = measure(peers, asked, ROUNDS)
         task = f"{kind}, {precision}, batch {batch}"

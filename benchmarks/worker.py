@@ -1,7 +1,7 @@
 """A framework in a process of its own, which works each time that the conductor asks for it.
 
 A question is a line "KIND PRECISION BATCH TIMES", such as "step bfloat16 32 20"; the answer a line
-of JSON: the seconds it took, and the peak memory so far. The kinds are
+of JSON: the seconds it took each time, and the peak memory so far. The kinds are
 
     step        a training step on a batch that is there
     infer       probabilities of a batch that is there
@@ -47,7 +47,7 @@ def serve(
         kind, precision, batch, times = line.split()
         began = time.perf_counter()
         work(kind, precision, int(batch), int(times))
-        seconds = time.perf_counter() - began
+        seconds = (time.perf_counter() - began) / int(times)
         most = peak() if peak else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         answer = {"seconds": seconds, "peak_bytes": most, "clock": time.time()}
         print(json.dumps(answer), flush=True)
