@@ -4,6 +4,7 @@ An augmentation is a function `(key, image, mask) -> (image, mask)` of a batch. 
 of its own, so it is changed alike whatever the batch around it.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -56,8 +57,9 @@ def random_affine(
     scale: float = 1.25,
     shear: float = 10.0,
     shift: float = 0.1,
+    elastic: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mirror, turn, scale, shear and shift each image with its mask: one matrix, one resampling.
+    """Mirror, turn, scale, shear, shift and bend each image with its mask: one resampling.
 
     Either mirroring has probability 1/2, the rest is uniform. What comes from outside of the
     picture is black, and no foreground.
@@ -70,10 +72,17 @@ def random_affine(
         scale: at most this factor, and at least its inverse; uniform in the logarithm.
         shear: degrees, at most, either way.
         shift: share of the height and of the width, at most, either way.
+        elastic: share of the height and of the width, the standard deviation of the way by which
+            each knot of a 5x5 grid is moved; the rest follows smoothly (Simard, Steinkraus, Platt:
+            "Best Practices for Convolutional Neural Networks", ICDAR 2003, whose field is finer).
 
     Returns:
         The image, float32 in [0, 1], and the mask, uint8: 1 where half of what is there was.
     """
+
+    def bend(key: jax.Array, height: int, width: int) -> jax.Array:
+        knots = jax.random.normal(key, (5, 5, 2)) * elastic * jnp.array([[[height, width]]])
+        return jax.image.resize(knots, (height, width, 2), "cubic")
 
     def one(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         height, width, channels = image.shape
@@ -85,7 +94,8 @@ def random_affine(
             shift=shift * u[5:] * jnp.array([height, width]),
         )
         both = jnp.concatenate([as_float(image), mask.astype(jnp.float32)], axis=-1)
-        both = warp(both, matrix)
+        way = bend(jax.random.fold_in(key, 1), height, width) if elastic else None
+        both = warp(both, matrix, way)
         return both[..., :channels], (both[..., channels:] >= 0.5).astype(jnp.uint8)
 
     return jax.vmap(one)(_keys(key, image), image, mask)
@@ -118,13 +128,14 @@ def affine(
     return jnp.concatenate([inverse, offset[:, None]], axis=1)
 
 
-def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
+def warp(image: jax.Array, matrix: jax.Array, way: jax.Array | None = None) -> jax.Array:
     """Resample a picture by an affine map, bilinearly, with zeros around it.
 
     Args:
         image: float32 [H, W, C].
         matrix: [2, 3]: the pixel at (row, column) is taken from matrix @ (row, column, 1), both
             counted from the picture's centre.
+        way: [H, W, 2], rows and columns to be added to that place.
 
     Returns:
         Float32 [H, W, C].
@@ -137,7 +148,8 @@ def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
     def position(axis: int, size: int) -> tuple[jax.Array, jax.Array]:
         """The pixel before the point, counted in the padded picture, and the way on to the next."""
         a, b, c = matrix[axis]
-        at = jnp.clip(a * row + b * column + c + middle[axis], -1, size) + 1
+        at = a * row + b * column + c + middle[axis]
+        at = jnp.clip(at if way is None else at + way[..., axis], -1, size) + 1
         before = jnp.floor(at)
         return before.astype(jnp.int32), (at - before)[..., None]
 
@@ -219,6 +231,112 @@ def recolour(
     # Written out, for accelerators round the factors of a matrix product.
     mixed = (image[..., None, :] * (brightness * contrast * matrix)[None, None]).sum(-1)
     return jnp.clip(mixed + (1 - contrast) * mean_grey, 0, 1)
+
+
+def random_blur(
+    key: jax.Array, image: jax.Array, mask: jax.Array, *, sigma: float = 1.5
+) -> tuple[jax.Array, jax.Array]:
+    """Blur every second image, on average; its mask stays.
+
+    Args:
+        key: a PRNG key.
+        image: [B, H, W, C], uint8 or float in [0, 1].
+        mask: anything.
+        sigma: pixels, at most, uniform from 0: see `blur`.
+
+    Returns:
+        The image, float32 in [0, 1], and the mask.
+    """
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        return blur(image, sigma * _half(key), radius=math.ceil(2 * sigma))
+
+    return jax.vmap(one)(_keys(key, image), as_float(image)), mask
+
+
+def blur(image: jax.Array, sigma: ArrayLike, *, radius: int) -> jax.Array:
+    """Convolve with a Gaussian, the borders repeated.
+
+    Args:
+        image: float32 [H, W, C].
+        sigma: pixels; 0 changes nothing.
+        radius: pixels to either side after which the Gaussian is cut off.
+
+    Returns:
+        Float32 [H, W, C].
+    """
+    distance = jnp.arange(-radius, radius + 1)
+    # The smallest sigma of which the square is not 0.
+    weight = jnp.exp(-0.5 * (distance / jnp.maximum(sigma, 1e-6)) ** 2)
+    weight = weight / weight.sum()
+    for axis in (0, 1):
+        size, pad = image.shape[axis], [(0, 0)] * 3
+        pad[axis] = (radius, radius)
+        wide = jnp.pad(image, pad, mode="edge")
+        # Shifted sums: few taps, and quicker than a depthwise convolution on a CPU.
+        taps = [
+            weight[i] * jax.lax.slice_in_dim(wide, i, i + size, axis=axis)
+            for i in range(2 * radius + 1)
+        ]
+        image = jnp.stack(taps).sum(0)
+    return image
+
+
+def random_noise(
+    key: jax.Array, image: jax.Array, mask: jax.Array, *, deviation: float = 0.05
+) -> tuple[jax.Array, jax.Array]:
+    """Add Gaussian noise to every second image, on average; its mask stays.
+
+    Args:
+        key: a PRNG key.
+        image: [B, H, W, C], uint8 or float in [0, 1].
+        mask: anything.
+        deviation: the noise's standard deviation, at most, uniform from 0.
+
+    Returns:
+        The image, float32 in [0, 1], and the mask.
+    """
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        noise = jax.random.normal(jax.random.fold_in(key, 1), image.shape)
+        return jnp.clip(image + deviation * _half(key) * noise, 0, 1)
+
+    return jax.vmap(one)(_keys(key, image), as_float(image)), mask
+
+
+def random_cutout(
+    key: jax.Array, image: jax.Array, mask: jax.Array, *, side: float = 0.3
+) -> tuple[jax.Array, jax.Array]:
+    """Paint a rectangle of every second image, on average, in its mean colour; its mask stays.
+
+    DeVries, Taylor: "Improved Regularization of Convolutional Neural Networks with Cutout", 2017.
+
+    Args:
+        key: a PRNG key.
+        image: [B, H, W, C], uint8 or float in [0, 1].
+        mask: anything.
+        side: of the rectangle, share of the height and of the width, at most.
+
+    Returns:
+        The image, float32 in [0, 1], and the mask.
+    """
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        u = jax.random.uniform(key, (4,))
+        size = side * u[:2] * (_half(jax.random.fold_in(key, 1)) > 0)
+        inside = [
+            abs(jnp.arange(n) + 0.5 - n * u[2 + axis]) < n * size[axis] / 2
+            for axis, n in enumerate(image.shape[:2])
+        ]
+        hidden = inside[0][:, None, None] & inside[1][None, :, None]
+        return jnp.where(hidden, image.mean((0, 1), keepdims=True), image)
+
+    return jax.vmap(one)(_keys(key, image), as_float(image)), mask
+
+
+def _half(key: jax.Array) -> jax.Array:
+    """0 with probability 1/2, else uniform in [0, 1)."""
+    return jnp.maximum(jax.random.uniform(key, minval=-1.0), 0)
 
 
 def _keys(key: jax.Array, image: jax.Array) -> jax.Array:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from flax_unet import augment
+from flax_unet.data import as_float
 
 
 def pictures(n, size=(5, 7)):
@@ -28,8 +31,9 @@ every = pytest.mark.parametrize(
         augment.random_affine,
         augment.random_colour,
         augment.chain(augment.random_affine, augment.random_colour),
+        partial(augment.random_affine, elastic=0.05),
     ],
-    ids=["flips", "affine", "colour", "chain"],
+    ids=["flips", "affine", "colour", "chain", "elastic"],
 )
 
 
@@ -279,3 +283,77 @@ def test_colours_leave_the_mask_and_the_range():
     )
     np.testing.assert_array_equal(same, mask)
     assert changed.dtype == jnp.float32 and changed.min() == 0 and changed.max() == 1
+
+
+def test_an_elastic_warp_takes_each_pixel_from_where_it_is_said():
+    image = smooth()
+    way = np.random.default_rng(0).normal(0, 2, (24, 32, 2)).astype(np.float32)
+    matrix = augment.affine(rotation=20.0, scale=1.2)
+    y, x = np.mgrid[:24, :32]
+    centred = np.stack([y - 11.5, x - 15.5, np.ones((24, 32))])
+    places = np.einsum("ij,jhw->ihw", np.asarray(matrix, np.float64), centred)
+    places += np.array([11.5, 15.5])[:, None, None] + np.moveaxis(way, -1, 0)
+    expected = [
+        ndimage.map_coordinates(channel, places, order=1, mode="grid-constant")
+        for channel in np.moveaxis(image, -1, 0)
+    ]
+    warped = augment.warp(jnp.asarray(image), matrix, jnp.asarray(way))
+    np.testing.assert_allclose(warped, np.stack(expected, -1), atol=2e-5)
+
+
+def test_an_elastic_change_bends_image_and_mask_together_and_smoothly():
+    y, x = np.mgrid[:64, :64]
+    disc = ((y - 31.5) ** 2 + (x - 31.5) ** 2 < 400)[None, ..., None].astype(np.uint8)
+    image = (200 * disc.repeat(3, -1)).astype(np.uint8)
+    still = dict(rotation=0.0, scale=1.0, shear=0.0, shift=0.0)
+    bent, mask = augment.random_affine(jax.random.key(0), image, disc, **still, elastic=0.03)
+    inside = np.asarray(bent)[..., :1] > 100 / 255
+    assert (inside == np.asarray(mask)).mean() > 0.99
+    assert 0.01 < (np.asarray(mask) != disc).mean() < 0.2
+    _, pieces = ndimage.label(np.asarray(mask)[0, ..., 0])
+    assert pieces == 1
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.0, 1.5])
+def test_blur_is_a_gaussian(sigma):
+    image = smooth()
+    expected = ndimage.gaussian_filter(image, (sigma, sigma, 0), mode="nearest", radius=3)
+    np.testing.assert_allclose(
+        augment.blur(jnp.asarray(image), sigma, radius=3), expected, atol=1e-5
+    )
+    np.testing.assert_array_equal(augment.blur(jnp.asarray(image), 0.0, radius=3), image)
+
+
+def test_about_half_of_the_pictures_are_blurred_noisy_or_cut_and_the_masks_stay():
+    image, mask = (x.repeat(64, 0) for x in pictures(1, (16, 16)))
+    original = np.asarray(as_float(image[0]))
+    for change in (augment.random_blur, augment.random_noise, augment.random_cutout):
+        changed, same = change(jax.random.key(0), image, mask)
+        assert same is mask
+        still = (np.asarray(changed) == original).all((1, 2, 3)).sum()
+        assert 16 < still < 48, change  # four standard deviations
+
+
+def test_noise_has_its_deviation_and_no_colour():
+    image = jnp.full((200, 32, 32, 3), 0.5)
+    noisy, _ = augment.random_noise(jax.random.key(0), image, None, deviation=0.04)
+    deviation = np.asarray(noisy - image).std((1, 2, 3))
+    assert deviation.max() < 0.041 and deviation.max() > 0.035
+    drawn = deviation[deviation > 0]
+    assert abs(drawn.mean() - 0.02) < 0.006  # uniform from 0 to 0.04
+    assert abs(float(noisy.mean()) - 0.5) < 1e-3
+
+
+def test_a_cutout_is_one_rectangle_of_the_mean_colour():
+    image = np.asarray(jax.random.uniform(jax.random.key(1), (1, 24, 32, 3))).repeat(64, 0)
+    cut, _ = augment.random_cutout(jax.random.key(0), jnp.asarray(image), None, side=0.5)
+    for before, after in zip(image, np.asarray(cut), strict=True):
+        hidden = (before != after).any(-1)
+        if not hidden.any():
+            continue
+        rows, columns = np.flatnonzero(hidden.any(1)), np.flatnonzero(hidden.any(0))
+        assert hidden[np.ix_(rows, columns)].all() and (np.diff(rows) == 1).all()
+        assert len(rows) <= 12 and len(columns) <= 16
+        np.testing.assert_allclose(
+            after[hidden], np.tile(before.mean((0, 1)), (hidden.sum(), 1)), atol=1e-5
+        )
