@@ -8,13 +8,15 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from flax_unet.metrics import Reliability
+
 TRUE, PREDICTED = (0, 220, 90), (255, 40, 160)  # green and magenta: told apart by the colour-blind
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
     """The pixels of a mask [H, W] that touch its outside, two pixels wide: bool [H, W]."""
     mask = np.asarray(mask, bool)
-    return mask & ~ndimage.binary_erosion(mask, iterations=2, border_value=1)
+    return mask & ~np.asarray(ndimage.binary_erosion(mask, iterations=2, border_value=1), bool)
 
 
 def overlay(image: np.ndarray, proba: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -73,4 +75,28 @@ def save_curves(path: str | os.PathLike, history: Sequence[dict[str, Any]]) -> N
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def save_reliability(path: str | os.PathLike, reliability: Reliability) -> None:
+    """Write, as a PNG, how often what is claimed with some probability is there.
+
+    Above, the share of foreground among the pixels of each part of [0, 1] over their mean
+    probability, which are equal in a calibrated model; below, the pixels' number.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5, 5), layout="constrained")
+    share, number = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    some = reliability.n > 0
+    n, claimed, found = (x[some] for x in reliability)
+    share.plot([0, 1], [0, 1], color="0.7", label="calibrated")
+    share.plot(claimed / n, found / n, marker="o", label="this model")
+    share.set(ylabel="share of foreground", xlim=(0, 1), ylim=(0, 1))
+    share.legend()
+    width = 1 / len(some)
+    number.bar((np.arange(len(some))[some] + 0.5) * width, n, 0.9 * width)
+    number.set(xlabel="probability", ylabel="pixels", yscale="log")
+    for axes in (share, number):
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

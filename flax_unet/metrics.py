@@ -132,12 +132,52 @@ def summary(
         "iou_coef": float(np.mean(iou_coef)),
         "dice_per_image": float(dice(counts).mean()),
         "iou_per_image": float(iou(counts).mean()),
+        "precision_per_image": float(precision(counts).mean()),
+        "recall_per_image": float(recall(counts).mean()),
         "dice_pooled": float(dice(total).mean()),
         "iou_pooled": float(iou(total).mean()),
         "precision_pooled": float(precision(total).mean()),
         "recall_pooled": float(recall(total).mean()),
         "n_images": len(counts.tp),
     }
+
+
+class Reliability(NamedTuple):
+    """Of the pixels whose probability falls into each of K equal parts of [0, 1]; adds like counts.
+
+    Guo et al.: "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+
+    n: np.ndarray  # int64 [K]: how many
+    claimed: np.ndarray  # float64 [K]: the sum of their probabilities
+    found: np.ndarray  # int64 [K]: how many are foreground
+
+
+def reliability(proba: np.ndarray, labels: np.ndarray, *, parts: int = 15) -> Reliability:
+    """Count the pixels of an image by their probability of foreground.
+
+    Args:
+        proba: in [0, 1], of any shape.
+        labels: 0 and 1, of the same shape.
+        parts: K.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    proba, labels = np.asarray(proba, np.float64), np.asarray(labels)
+    if proba.shape != labels.shape:
+        raise ValueError(f"proba {proba.shape} and labels {labels.shape} must be of one shape")
+    part = np.minimum((proba * parts).astype(int), parts - 1).ravel()
+    return Reliability(
+        n=np.bincount(part, minlength=parts),
+        claimed=np.bincount(part, proba.ravel(), parts),
+        found=np.bincount(part[labels.ravel() > 0.5], minlength=parts),
+    )
+
+
+def calibration_error(r: Reliability) -> float:
+    """The mean over the pixels of |mean probability - share of foreground| of their part (ECE)."""
+    return float(np.abs(r.claimed - r.found).sum() / r.n.sum())
 
 
 def bootstrap_interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from flax_unet import draw
+from flax_unet import draw, metrics
 
 
 def test_the_overlay_mixes_half_of_the_colour_where_the_prediction_is_sure():
@@ -46,4 +46,14 @@ def test_sheets_and_curves_are_written_as_png(tmp_path):
     ]
     draw.save_curves(tmp_path / "curves.png", history)
     picture = Image.open(tmp_path / "curves.png")
+    assert picture.format == "PNG" and len(np.unique(np.asarray(picture))) > 10
+
+
+def test_the_reliability_picture_is_written_also_with_empty_parts(tmp_path):
+    rng = np.random.default_rng(0)
+    proba = np.concatenate([rng.uniform(0, 0.2, 900), rng.uniform(0.7, 1, 300)])
+    counts = metrics.reliability(proba, rng.random(1200) < proba)
+    assert (counts.n == 0).any()
+    draw.save_reliability(tmp_path / "reliability.png", counts)
+    picture = Image.open(tmp_path / "reliability.png")
     assert picture.format == "PNG" and len(np.unique(np.asarray(picture))) > 10

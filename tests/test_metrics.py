@@ -87,7 +87,7 @@ def test_summary_names_the_means(pair):
     figures = metrics.summary([1.0, 2.0], [0.25, 0.75], counts)
     assert figures["loss"] == 1.5 and figures["iou_coef"] == 0.5 and figures["n_images"] == 6
     truth, answer = np.asarray(pair[1]) > 0.5, np.asarray(pair[0]) > 0
-    for ratio in (metrics.dice, metrics.iou):
+    for ratio in (metrics.dice, metrics.iou, metrics.precision, metrics.recall):
         pairs = zip(truth, answer, strict=True)
         each = [FIGURES[ratio](y.ravel(), p.ravel()) for y, p in pairs]
         assert figures[f"{ratio.__name__}_per_image"] == pytest.approx(np.mean(each))
@@ -95,6 +95,30 @@ def test_summary_names_the_means(pair):
         name = "accuracy" if ratio is metrics.accuracy else f"{ratio.__name__}_pooled"
         expected = FIGURES[ratio](truth.ravel(), answer.ravel())
         assert figures[name] == pytest.approx(expected), name
+
+
+def test_reliability_counts_each_pixel_in_its_part():
+    rng = np.random.default_rng(0)
+    proba, labels = rng.random((9, 8)), rng.random((9, 8)) < 0.4
+    proba[0, :3] = 0, 1, 0.3  # both ends, and a limit between two parts
+    n, claimed, found = np.zeros(10), np.zeros(10), np.zeros(10)
+    for p, y in zip(proba.ravel(), labels.ravel(), strict=True):
+        part = min(int(p * 10), 9)
+        n[part], claimed[part], found[part] = n[part] + 1, claimed[part] + p, found[part] + y
+    counts = metrics.reliability(proba, labels, parts=10)
+    for a, b in zip(counts, (n, claimed, found), strict=True):
+        np.testing.assert_allclose(a, b)
+    share = n / 72
+    gap = abs(claimed / n - found / n)
+    assert metrics.calibration_error(counts) == pytest.approx((share * gap).sum())
+
+
+def test_the_calibration_error_of_a_hand_made_set():
+    # Four pixels at 0.9 of which three are foreground, six at 0.2 of which none is.
+    proba = np.array([0.9] * 4 + [0.2] * 6)
+    labels = np.array([1, 1, 1, 0] + [0] * 6)
+    error = metrics.calibration_error(metrics.reliability(proba, labels))
+    assert error == pytest.approx(0.4 * 0.15 + 0.6 * 0.2)
 
 
 def test_bootstrap_interval_is_near_the_normal_one():
