@@ -1,26 +1,34 @@
 """Score a run's model: `python experiments/evaluate.py --workdir runs/`."""
 
 import json
+import statistics
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from recipes import (
     Config,
     absolute,
+    cache_folder,
     draw_panels,
     keep_compiled,
-    load_split,
     make_recipe,
     open_sources,
     restore_run,
+    split_of,
     write_atomically,
 )
+from tqdm import tqdm
 
-from flax_unet import data, metrics, predict
+from flax_unet import boundary, data, draw, metrics, predict
+from flax_unet.data import as_float
 
 
 @dataclass(frozen=True)
@@ -41,20 +49,112 @@ class Options:
     """The Kvasir-SEG archive, if it is not where it was."""
     data_dir: Path | None = None
     """Where TFDS keeps prepared datasets, if it is not where it was."""
+    flips: bool = False
+    """Predict the mean over each picture and its mirror images: four times the work."""
 
 
-def load_arrays(options: Options, config: Config) -> tuple[data.Arrays, str, str]:
+RATIOS = (metrics.dice, metrics.iou, metrics.precision, metrics.recall)
+#: Polyps by the share of the picture that they cover: from the first to below the second.
+POLYPS = {"small": (0, 0.05), "medium": (0.05, 0.2), "large": (0.2, 1.01)}
+#: Of the normalised surface Dice, in percent of the picture's diagonal.
+TOLERANCE = 1.0
+
+
+def score(proba: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Counts and figures of one picture; its distances are in percent of its diagonal.
+
+    Args:
+        proba: [H, W] in [0, 1].
+        true: bool [H, W].
+    """
+    found, percent = proba > 0.5, 100 / np.hypot(*true.shape)
+    pixels = (found & true, found & ~true, ~found & true, ~found & ~true)
+    counts = metrics.Confusion(*(int(x.sum()) for x in pixels))
+    distances = boundary.distances(found, true)
+    return {
+        "share": float(true.mean()),
+        **counts._asdict(),
+        **{ratio.__name__: float(ratio(counts)) for ratio in RATIOS},
+        "hd95": percent * boundary.hd95(distances),
+        "assd": percent * boundary.assd(distances),
+        "surface_dice": boundary.surface_dice(distances, TOLERANCE / percent),
+    }
+
+
+def means(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of some pictures: {figure: its mean and the 95 % interval of that}, and the pooled ratios."""
+    if not scores:
+        return {"n_images": 0}
+    keys = [*(ratio.__name__ for ratio in RATIOS), "hd95", "assd", "surface_dice"]
+    columns = {key: np.array([each[key] for each in scores]) for key in keys}
+    counts = (sum(each[key] for each in scores) for key in metrics.Confusion._fields)
+    total = metrics.Confusion(*counts)
+    return {
+        "n_images": len(scores),
+        "per_image": {
+            key: {"mean": float(x.mean()), "interval": metrics.bootstrap_interval(x)}
+            for key, x in columns.items()
+        },
+        "pooled": {ratio.__name__: float(ratio(total)) for ratio in RATIOS},
+    }
+
+
+def score_pictures(
+    model: Any, variables: Any, source: Sequence[dict[str, Any]], size: int
+) -> tuple[dict[str, Any], metrics.Reliability]:
+    """The report on pictures at their own sizes, and the reliability of their probabilities."""
+    scores, counts = [], []
+    for i in tqdm(range(len(source)), unit="picture", leave=False):
+        image, mask = data.decode_pair(source[i])
+        proba = predict.predict_picture(model, variables, image, size)[..., 0]
+        true = np.asarray(mask) > 127
+        scores.append({"name": source[i]["name"], **score(proba, true)})
+        counts.append(metrics.reliability(proba, true))
+    reliability = metrics.Reliability(*(np.sum(x, 0) for x in zip(*counts, strict=True)))
+    by_size = {
+        polyp: means([each for each in scores if low <= each["share"] < high])
+        for polyp, (low, high) in POLYPS.items()
+    }
+    report = {
+        **means(scores),
+        "by_polyp_size": by_size,
+        "calibration_error": metrics.calibration_error(reliability),
+        "images": scores,
+    }
+    return report, reliability
+
+
+def cost(model: Any, variables: Any, image: np.ndarray) -> dict[str, float]:
+    """Parameters, GFLOP a picture as XLA counts them, and pictures a second on this machine.
+
+    Args:
+        model, variables: as `flax_unet.predict` takes them.
+        image: a batch, uint8 [B, H, W, 3].
+    """
+    counted = jax.jit(model.apply).lower(variables, as_float(jnp.asarray(image))).cost_analysis()
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        jax.block_until_ready(predict.predict_proba(model, variables, image))
+        seconds.append(time.perf_counter() - began)
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "gflop_per_image": counted["flops"] / len(image) / 1e9,
+        "images_per_second": len(image) / statistics.median(seconds[1:]),  # the first compiles
+    }
+
+
+def open_split(options: Options, config: Config) -> tuple[Sequence[dict[str, Any]], str, str]:
     """The pictures to score, what the report is named for, and the protocol."""
     if (options.images is None) != (options.masks is None):
         raise data.DataError("--images and --masks go together")
     if options.images is not None and options.masks is not None:
         source = data.FolderSource(options.images, options.masks)
-        what = f"folder-{options.images.parent.name}-{options.images.name}"
-        return data.load(source, config.image_size), what, "folder"
+        return source, f"folder-{options.images.parent.name}-{options.images.name}", "folder"
     given = {k: v for k in ("kvasir_zip", "data_dir") if (v := getattr(options, k)) is not None}
     config = replace(config, **given)
     protocol = config.protocol if config.dataset == "kvasir_seg" else config.dataset
-    return load_split(config, open_sources(config), options.split), options.split, protocol
+    return split_of(config, open_sources(config), options.split), options.split, protocol
 
 
 def run(options: Options) -> None:
@@ -62,7 +162,10 @@ def run(options: Options) -> None:
     on_validation = options.images is None and options.split == "validation"
     which = options.checkpoint or ("latest" if on_validation else "best")
     config, model, variables, step, fingerprints = restore_run(options.workdir, which)
-    arrays, what, protocol = load_arrays(options, config)
+    source, what, protocol = open_split(options, config)
+    cache = cache_folder() if options.images is None else None
+    arrays = data.load(source, config.image_size, cache=cache)
+    model = predict.Mirrored(model) if options.flips else model
     figures, counts = predict.evaluate(
         model,
         variables,
@@ -71,6 +174,7 @@ def run(options: Options) -> None:
         loss_fn=make_recipe(config).loss_fn,
     )
     dice, iou = metrics.dice(counts).mean(-1), metrics.iou(counts).mean(-1)
+    own_size, reliability = score_pictures(model, variables, source, config.image_size)
     report = {
         "what": what,
         "dataset": config.dataset if options.images is None else str(options.images),
@@ -78,11 +182,16 @@ def run(options: Options) -> None:
         "split": options.split if options.images is None else None,
         "checkpoint": which,
         "step": step,
+        "flips": options.flips,
         "image_size": config.image_size,
         **figures,
         "dice_per_image_interval": metrics.bootstrap_interval(dice),
         "iou_per_image_interval": metrics.bootstrap_interval(iou),
         "fingerprint": arrays.fingerprint,
+        "cost": cost(model, variables, np.asarray(arrays.image[: config.batch_size])),
+        "polyp_sizes": POLYPS,
+        "surface_dice_tolerance": TOLERANCE,
+        "own_size": own_size,
     }
 
     print(f"{protocol}, {what}: {figures['n_images']} images, {which} checkpoint (step {step})")
@@ -93,17 +202,32 @@ def run(options: Options) -> None:
     for key in ("dice_per_image", "iou_per_image"):
         low, high = report[f"{key}_interval"]
         print(f"  {key:<18}{figures[key]:.4f}   95 % interval {low:.4f} to {high:.4f}")
-    for key in ("dice_pooled", "iou_pooled", "precision_pooled", "recall_pooled", "accuracy"):
+    pooled = [f"{ratio.__name__}_pooled" for ratio in RATIOS]
+    for key in ("precision_per_image", "recall_per_image", *pooled, "accuracy"):
         print(f"  {key:<18}{figures[key]:.4f}")
+    print("  at their own sizes, mean over the images:")
+    for key, value in own_size["per_image"].items():
+        low, high = value["interval"]
+        unit = " % of the diagonal" if key in ("hd95", "assd") else ""
+        print(f"    {key:<16}{value['mean']:.4f}   95 % interval {low:.4f} to {high:.4f}{unit}")
+    for polyp, values in own_size["by_polyp_size"].items():
+        if values["n_images"]:
+            mean = values["per_image"]["dice"]["mean"]
+            print(f"    dice of the {values['n_images']} {polyp} polyps {mean:.4f}")
+    print(f"    calibration error {own_size['calibration_error']:.4f}")
+    line = "  {parameters} parameters, {gflop_per_image:.2f} GFLOP an image, {images_per_second:.1f} a s"
+    print(line.format(**report["cost"]))
     order = np.argsort(-dice, kind="stable")
     chosen = [int(order[i]) for i in (0, len(order) // 2, -1)]
     names = [f"{arrays.name[i]} (Dice {dice[i]:.3f})" for i in chosen]
     print("  best, median, worst: " + ", ".join(names))
 
     stem = f"evaluation-{what}" + ("" if which == "best" else f"-{which}")
+    stem += "-flips" if options.flips else ""
     write_atomically(options.workdir / f"{stem}.json", json.dumps(report, indent=2) + "\n")
     draw_panels(options.workdir / f"{stem}.png", model, variables, arrays, chosen)
-    print(f"written: {options.workdir / stem}.json and .png")
+    draw.save_reliability(options.workdir / f"{stem}-reliability.png", reliability)
+    print(f"written: {options.workdir / stem}.json, .png and -reliability.png")
 
 
 def main(args: list[str] | None = None) -> int:

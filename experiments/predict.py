@@ -28,6 +28,8 @@ class Options:
     """best by validation Dice."""
     threshold: float = 0.5
     """Probability above which a pixel is in the mask."""
+    flips: bool = False
+    """Predict the mean over each picture and its mirror images: four times the work."""
 
 
 def plan(inputs: tuple[Path, ...], out: Path) -> dict[Path, tuple[Path, Path]]:
@@ -56,6 +58,7 @@ def run(options: Options) -> int:
         raise ValueError(f"threshold is {options.threshold}: it must be in [0, 1)")
     results = plan(options.inputs, options.out)
     config, model, variables, *_ = restore_run(options.workdir, options.checkpoint)
+    model = predict.Mirrored(model) if options.flips else model
     options.out.mkdir(parents=True, exist_ok=True)
     failures = 0
     for file, (mask_file, overlay_file) in tqdm(results.items(), unit="picture", leave=False):

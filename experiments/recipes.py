@@ -28,6 +28,8 @@ from flax_unet.model import ARTICLE, UNet
 PATHS = ("workdir", "kvasir_zip", "images", "masks", "data_dir")
 #: Parts of config.json that determine the run; another value of one is another run.
 DETERMINES = ("config", "model", "training", "data")
+#: The network of `strong`.
+STRONG = UNet(features=(24, 48, 96, 192, 384), convs=2, residual=True, patch=2)
 #: Attributes of a `UNet` that determine what it computes.
 MODEL = {f.name for f in dataclasses.fields(UNet)} - {"parent", "name", "remat"}
 
@@ -38,8 +40,9 @@ class Config:
 
     workdir: Path
     """Folder of the run: config.json, metrics.jsonl, checkpoints, pictures."""
-    recipe: Literal["unet", "article"] = "unet"
-    """unet: the article's widths, instance norm and flips; article: the article's network."""
+    recipe: Literal["unet", "article", "strong"] = "unet"
+    """unet: the article's widths, instance norm, augmentation; article: the article's network;
+    strong: residual blocks, BCE + Dice, AdamW with a falling rate, averaged parameters."""
     dataset: Literal["kvasir_seg", "synthetic_polyps", "folder"] = "kvasir_seg"
     """folder: the pictures in --images and --masks, paired by stem."""
     protocol: Literal["article", "medico", "effisegnet", "sorted42"] = "article"
@@ -52,16 +55,16 @@ class Config:
     """Folder of masks (--dataset folder)."""
     data_dir: Path | None = None
     """Where TFDS keeps prepared datasets; by default ~/tensorflow_datasets."""
-    features: tuple[int, ...] = UNet.features
-    """Channels of each level of either recipe's network, the last being the bottleneck's."""
+    features: tuple[int, ...] | None = None
+    """Channels of each level, the last being the bottleneck's; by default the recipe's."""
     image_size: int = 256
     """Height and width to which pictures are resized, a multiple of 2 for each level but one."""
     batch_size: int = 8
     """Images a step."""
     epochs: int = 100
-    """Passes over the training split; more may be asked for later."""
+    """Passes over the training split; of all but strong, more may be asked for later."""
     learning_rate: float = 1e-3
-    """Of Adam."""
+    """Of Adam; of strong, the highest."""
     seed: int = 0
     """Of the initial parameters, the order of the images, dropout and augmentation."""
     stream: bool = False
@@ -93,8 +96,39 @@ def keras_adam(learning_rate: float) -> optax.GradientTransformation:
     return optax.inject_hyperparams(optax.adam)(learning_rate, b1=0.9, b2=0.999, eps=epsilon)
 
 
-def make_recipe(config: Config) -> Recipe:
+def falling_adamw(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """AdamW whose rate rises for 5 % of the steps and falls to 0 as a cosine, and the average.
+
+    Loshchilov, Hutter: "Decoupled Weight Decay Regularization", ICLR 2019. Only kernels decay.
+    """
+    rate = optax.warmup_cosine_decay_schedule(0, learning_rate, max(1, steps // 20), max(2, steps))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate, weight_decay=0.02, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+        train.average_params(0.999),
+    )
+
+
+def light(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The augmentation of `unet`."""
+    return augment.chain(augment.random_affine, augment.random_colour)(key, image, mask)
+
+
+def heavy(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The augmentation of `strong`."""
+    changes = augment.chain(
+        partial(augment.random_affine, scale=1.5, shear=15.0, shift=0.125, elastic=0.02),
+        partial(augment.random_colour, brightness=0.3, contrast=0.3, saturation=0.3),
+    )
+    return changes(key, image, mask)
+
+
+def make_recipe(config: Config, images: int = 1) -> Recipe:
     """The recipe that a configuration names.
+
+    Args:
+        config: the configuration.
+        images: in the training split; the rate of `strong` falls over the steps that they make.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -104,15 +138,20 @@ def make_recipe(config: Config) -> Recipe:
             raise ValueError(f"{field} is {getattr(config, field)}: it must be positive")
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"seed is {config.seed}: it must be in [0, 2^63)")
-    if not 1 <= len(config.features) <= len(UNet.features) or min(config.features) < 1:
-        raise ValueError(f"features is {config.features}: give one to six positive numbers")
-    size = {"features": config.features, "dtype": jnp.dtype(config.dtype)}
+    features = config.features or (STRONG if config.recipe == "strong" else UNet).features
+    if not 1 <= len(features) <= len(UNet.features) or min(features) < 1:
+        raise ValueError(f"features is {features}: give one to six positive numbers")
+    size = {"features": features, "dtype": jnp.dtype(config.dtype)}
+    tx, loss_fn, change = keras_adam(config.learning_rate), losses.bce, None
     if config.recipe == "article":
         assert isinstance(ARTICLE.dropout, tuple)
-        model = ARTICLE.clone(**size, dropout=ARTICLE.dropout[: len(config.features)])
-        change = None
+        model = ARTICLE.clone(**size, dropout=ARTICLE.dropout[: len(features)])
+    elif config.recipe == "unet":
+        model, change = UNet(**size), light
     else:
-        model, change = UNet(**size), augment.random_flips
+        model, loss_fn, change = STRONG.clone(**size), losses.bce_soft_dice, heavy
+        steps = config.epochs * -(-images // config.batch_size)
+        tx = falling_adamw(config.learning_rate, steps)
     if config.image_size % model.stride:
         raise ValueError(f"image_size {config.image_size} is no multiple of {model.stride}")
     if config.image_size == model.stride and model.group_size == 1:
@@ -120,7 +159,7 @@ def make_recipe(config: Config) -> Recipe:
             f"image_size {config.image_size} leaves the bottleneck one pixel, of which instance "
             f"norm makes 0: take {2 * model.stride} or more, or fewer features"
         )
-    return Recipe(model, keras_adam(config.learning_rate), losses.bce, change)
+    return Recipe(model, tx, loss_fn, change)
 
 
 def abstract_state(recipe: Recipe) -> train.TrainState:
@@ -231,12 +270,16 @@ def to_json(config: Config, fingerprints: dict[str, str]) -> dict[str, Any]:
         with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout, not installed
             versions[name] = metadata.version(name)
     device, (model, _, loss_fn, change) = jax.devices()[0], make_recipe(config)
+    fields["features"] = model.features
     settings = {name: getattr(model, name) for name in sorted(MODEL)}
+    training = {"loss": loss_fn.__name__, "augment": getattr(change, "__name__", None)}
+    if config.recipe == "strong":  # its rate falls over all of them
+        training["epochs"] = config.epochs
     stored = {
         "config": fields,
         # What the recipe's name stands for today.
         "model": settings | {"dtype": config.dtype},
-        "training": {"loss": loss_fn.__name__, "augment": getattr(change, "__name__", None)},
+        "training": training,
         "data": fingerprints,
         "free": free,
         "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
@@ -272,7 +315,8 @@ def from_json(stored: dict[str, Any], workdir: Path) -> tuple[Config, UNet]:
     """
     fields = stored["config"] | stored["free"]
     fields |= {key: Path(fields[key]) for key in PATHS if fields.get(key)}
-    fields |= {"workdir": workdir, "features": tuple(fields.get("features", UNet.features))}
+    features = fields.get("features")
+    fields |= {"workdir": workdir, "features": features and tuple(features)}
     try:
         dtype = jnp.dtype(stored["model"]["dtype"])
         return Config(**fields), UNet(**stored["model"] | {"dtype": dtype})
@@ -322,7 +366,7 @@ def absolute(options: T) -> T:
 
 
 def draw_panels(
-    file: Path, model: UNet, variables: Any, arrays: data.Arrays, index: Sequence[int]
+    file: Path, model: Any, variables: Any, arrays: data.Arrays, index: Sequence[int]
 ) -> None:
     """Write the panels of some images under each other as a PNG."""
     index = list(index)

@@ -244,7 +244,7 @@ def fit(
 ) -> None:
     """The epochs that are left, from a state and the records of the epoch that it stands in."""
     workdir, size = config.workdir, config.batch_size
-    model, tx, loss_fn, augment = make_recipe(config)
+    model, tx, loss_fn, augment = make_recipe(config, pictures.n)
     step_fn = train.make_train_step(model, tx, loss_fn, augment=augment)
     n, deal, validation = pictures
     resident = data.to_device(validation)

@@ -77,17 +77,20 @@ class GroupNorm(nn.Module):
 class Block(nn.Module):
     """`convs` times 3x3 convolution, group norm (unless `group_size` is None) and ReLU.
 
-    Dropout stands before the last convolution.
+    Dropout stands before the last convolution. A residual block adds what it was given before the
+    last ReLU, through a 1x1 convolution: He et al., "Deep Residual Learning", CVPR 2016.
     """
 
     features: int
     convs: int
     group_size: int | None
     dropout: float
+    residual: bool
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        given = x
         for i in range(self.convs):
             if i == self.convs - 1:
                 x = Dropout(self.dropout)(x, train)
@@ -100,36 +103,46 @@ class Block(nn.Module):
             )(x)
             if self.group_size is not None:
                 x = GroupNorm(self.group_size)(x)
+            if self.residual and i == self.convs - 1:
+                x = x + Upsample(self.features, 1, self.dtype, name="shortcut")(given)
             x = nn.relu(x)
         return x
 
 
 class Upsample(nn.Module):
-    """Transposed 2x2 convolution of stride 2: [B, H, W, C] to [B, 2H, 2W, features].
+    """Transposed convolution, kernel and stride s: [B, H, W, C] to [B, s H, s W, features].
 
     The kernel's size is its stride, so no two input pixels touch the same output pixel: it is one
     matrix product and a reshape (depth to space), equal to and much faster than the general form.
     """
 
     features: int
+    stride: int
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, h, w, c = x.shape
-        kernel = self.param("kernel", glorot_uniform, (2, 2, c, self.features))
+        (b, h, w, c), s = x.shape, self.stride
+        kernel = self.param("kernel", glorot_uniform, (s, s, c, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         # Of two dimensions, for XLA copies more of them into another order for the gradients.
         x = x.reshape(-1, c) @ kernel.transpose(2, 0, 1, 3).reshape(c, -1)
-        x = x.reshape(b, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
-        return x.reshape(b, 2 * h, 2 * w, self.features) + bias[None, None, None]
+        x = x.reshape(b, h, w, s, s, self.features).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(b, s * h, s * w, self.features) + bias[None, None, None]
 
 
 def max_pool(x: jax.Array) -> jax.Array:
     """The largest of each 2x2 window: [B, 2H, 2W, C] to [B, H, W, C]."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def patches(x: jax.Array, size: int) -> jax.Array:
+    """Space to depth: [B, s H, s W, C] to [B, H, W, s s C]."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3)
+    return x.reshape(b, h // size, w // size, -1)
 
 
 class UNet(nn.Module):
@@ -142,6 +155,9 @@ class UNet(nn.Module):
         group_size: channels a group of the group norm after each convolution; 1 is instance norm,
             None no normalisation.
         dropout: share dropped in each level's blocks, or one share a level.
+        residual: whether each block adds its input to its output.
+        patch: the network works on squares of this many pixels a side, as if they were pixels of
+            more channels; 1 is the plain U-Net, 2 costs a quarter of it.
         dtype: type of the computation; parameters and logits are float32.
         remat: in the backward pass, compute again what is inside of the blocks.
     """
@@ -151,6 +167,8 @@ class UNet(nn.Module):
     convs: int = 3
     group_size: int | None = 1
     dropout: float | tuple[float, ...] = 0.0
+    residual: bool = False
+    patch: int = 1
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 
@@ -163,7 +181,7 @@ class UNet(nn.Module):
     @property
     def stride(self) -> int:
         """Height and width of an image must be multiples of this."""
-        return 2 ** (len(self.features) - 1)
+        return self.patch * 2 ** (len(self.features) - 1)
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
@@ -203,10 +221,11 @@ class UNet(nn.Module):
         make = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
 
         def block(level: int, name: str) -> nn.Module:
-            return make(self.features[level], self.convs, size, rates[level], self.dtype, name=name)
+            width, rate = self.features[level], rates[level]
+            return make(width, self.convs, size, rate, self.residual, self.dtype, name=name)
 
         *outer, bottleneck = range(levels)
-        x = image.astype(self.dtype)
+        x = patches(image.astype(self.dtype), self.patch)
         skips = []
         for level in outer:
             x = block(level, f"down{level}")(x, train)
@@ -214,10 +233,10 @@ class UNet(nn.Module):
             x = max_pool(x)
         x = block(bottleneck, "bottleneck")(x, train)
         for level in reversed(outer):
-            x = Upsample(self.features[level], self.dtype, name=f"upsample{level}")(x)
+            x = Upsample(self.features[level], 2, self.dtype, name=f"upsample{level}")(x)
             x = block(level, f"up{level}")(jnp.concatenate([x, skips[level]], axis=-1), train)
-        head = nn.Conv(self.num_classes, (1, 1), kernel_init=glorot_uniform, name="head")
-        return head(x.astype(jnp.float32))
+        head = Upsample(self.num_classes, self.patch, jnp.float32, name="head")
+        return head(x)
 
 
 #: The tutorial's network: 11,707,729 parameters, with Keras' initial distributions.

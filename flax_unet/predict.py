@@ -1,6 +1,7 @@
 """Prediction and evaluation with a trained model. `variables` is what `model.apply` takes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,29 @@ from flax_unet import data, metrics
 from flax_unet.cpu import compiler_options
 from flax_unet.losses import bce
 from flax_unet.train import Loss, make_eval_step
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """A model whose logits are the mean over an image and its mirror images: four times the work.
+
+    Mirrored left to right, top to bottom, both and neither. Stands wherever the model does that it
+    is made of, with the same variables.
+    """
+
+    model: Any
+
+    @property
+    def stride(self) -> int:
+        return self.model.stride
+
+    def apply(self, variables: Any, image: jax.Array) -> jax.Array:
+        """Logits of an image [B, H, W, C]."""
+        views = [
+            jnp.flip(self.model.apply(variables, jnp.flip(image, axes)), axes)
+            for axes in ((), (1,), (2,), (1, 2))
+        ]
+        return jnp.stack(views).mean(0)
 
 
 @lru_cache(maxsize=8)
@@ -86,7 +110,7 @@ _eval_step = lru_cache(maxsize=8)(make_eval_step)
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | Mirrored,
     variables: Any,
     source: data.Arrays | Sequence[dict[str, Any]],
     *,
@@ -97,7 +121,7 @@ def evaluate(
     """Figures of a model over a data set, and the counts of each image.
 
     Args:
-        model: the network.
+        model: the network, or `Mirrored`.
         variables: its parameters (and state).
         source: arrays, or a source to be decoded and resized to `size`.
         size: height and width of the images; not used for arrays.

@@ -37,8 +37,45 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `model.apply` takes."""
-        return {"params": self.params, **self.model_state}
+        """What `model.apply` takes: with the average of the parameters, if the optimizer has it."""
+        params = self.params
+        for part in jax.tree.leaves(self.opt_state, is_leaf=_is_average):
+            params = part.params if _is_average(part) else params
+        return {"params": params, **self.model_state}
+
+
+@struct.dataclass
+class Average:
+    """State of `average_params`."""
+
+    count: jax.Array  # int32 scalar: the updates so far
+    params: Any
+
+
+def _is_average(part: Any) -> bool:
+    return isinstance(part, Average)
+
+
+def average_params(decay: float) -> optax.GradientTransformation:
+    """An exponential moving average of the parameters, for `TrainState.variables`.
+
+    Stands last in an `optax.chain` and changes no update. In the beginning, after t updates, the
+    decay is no more than (1 + t) / (10 + t), so that the initial parameters are soon forgotten.
+
+    Args:
+        decay: share of the old average that each update keeps.
+    """
+
+    def init(params: Any) -> Any:
+        return Average(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        keep = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
+        new = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda old, now: old + (1 - keep) * (now - old), state.params, new)
+        return updates, Average(state.count + 1, average)
+
+    return optax.GradientTransformation(init, update)
 
 
 def create_train_state(
@@ -148,7 +185,7 @@ def train_step(
     return TrainState(state.step + 1, params, model_state, opt_state), figures
 
 
-def eval_step(variables: Any, batch: Batch, *, model: nn.Module, loss_fn: Loss) -> dict[str, Any]:
+def eval_step(variables: Any, batch: Batch, *, model: Any, loss_fn: Loss) -> dict[str, Any]:
     """Figures of a batch: `loss` of each image [B], `iou_coef`, and `confusion` [B, C]."""
     image, labels, weight = _take(batch)
     logits: Any = model.apply(variables, as_float(image))
@@ -212,7 +249,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: nn.Module, loss_fn: Loss, *, mesh: Mesh | None = None
+    model: Any, loss_fn: Loss, *, mesh: Mesh | None = None
 ) -> Callable[[Any, Batch], dict[str, Any]]:
     """Compile `eval_step`; see `make_train_step`."""
     whole, split = _shardings(mesh)

@@ -19,16 +19,16 @@ def conv3x3(x, kernel, bias):
 
 
 def upsample(x, kernel, bias):
-    """Transposed 2x2 convolution of stride 2: each input pixel paints a 2x2 square of its own."""
+    """Transposed convolution, kernel and stride s: each pixel paints a square of its own."""
     x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
-    b, h, w, _ = x.shape
-    y = np.zeros((b, 2 * h, 2 * w, kernel.shape[-1]))
+    (b, h, w, _), s = x.shape, len(kernel)
+    y = np.zeros((b, s * h, s * w, kernel.shape[-1]))
     for n in range(b):
         for i in range(h):
             for j in range(w):
-                for u in range(2):
-                    for v in range(2):
-                        y[n, 2 * i + u, 2 * j + v] = x[n, i, j] @ kernel[u, v]
+                for u in range(s):
+                    for v in range(s):
+                        y[n, s * i + u, s * j + v] = x[n, i, j] @ kernel[u, v]
     return y + np.asarray(bias, np.float64)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import reference
 
-from flax_unet.model import ARTICLE, Block, Dropout, GroupNorm, UNet, Upsample, max_pool
+from flax_unet.model import ARTICLE, Block, Dropout, GroupNorm, UNet, Upsample, max_pool, patches
 
 SMALL = UNet(features=(4, 8, 12), group_size=2)
 
@@ -29,7 +29,7 @@ def test_the_article_has_its_number_of_parameters():
 
 def test_a_block_is_convolutions_and_relu():
     x = normal(0, 2, 5, 6, 3)
-    block = Block(4, convs=2, group_size=None, dropout=0.0, dtype=jnp.float32)
+    block = Block(4, 2, None, dropout=0.0, residual=False, dtype=jnp.float32)
     variables = block.init(jax.random.key(1), x, False)
     expected = x
     for i in range(2):
@@ -41,7 +41,7 @@ def test_a_block_is_convolutions_and_relu():
 
 def test_a_block_with_norm_is_convolution_norm_relu():
     x = normal(0, 2, 5, 6, 3)
-    block = Block(4, convs=1, group_size=2, dropout=0.0, dtype=jnp.float32)
+    block = Block(4, 1, group_size=2, dropout=0.0, residual=False, dtype=jnp.float32)
     variables = block.init(jax.random.key(1), x, False)
     conv, norm = variables["params"]["Conv_0"], variables["params"]["GroupNorm_0"]
     norm["scale"], norm["bias"] = normal(2, 4), normal(3, 4)
@@ -68,12 +68,53 @@ def test_group_norm_equals_the_reference_and_flax_with_its_gradient(size):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_upsample_is_the_transposed_convolution():
-    x, layer = normal(0, 2, 3, 4, 5), Upsample(6, jnp.float32)
+def test_a_residual_block_adds_its_input_before_the_last_relu():
+    x = normal(0, 2, 5, 6, 3)
+    block = Block(4, 2, None, dropout=0.0, residual=True, dtype=jnp.float32)
+    variables = block.init(jax.random.key(1), x, False)
+    first, second, shortcut = (
+        variables["params"][name] for name in ("Conv_0", "Conv_1", "shortcut")
+    )
+    for seed, layer in enumerate((first, second, shortcut)):
+        layer["bias"] = normal(seed, 4)
+    y = np.maximum(reference.conv3x3(x, **first), 0)
+    y = reference.conv3x3(y, **second) + reference.upsample(x, **shortcut)
+    expected = np.maximum(y, 0)
+    np.testing.assert_allclose(block.apply(variables, x, False), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_upsample_is_the_transposed_convolution(stride):
+    x, layer = normal(0, 2, 3, 4, 5), Upsample(6, stride, jnp.float32)
     variables = layer.init(jax.random.key(1), x)
     variables["params"]["bias"] = normal(2, 6)
     expected = reference.upsample(x, **variables["params"])
     np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_patches_are_the_squares_of_a_picture():
+    x = np.asarray(normal(0, 2, 6, 9, 2))
+    y = patches(jnp.asarray(x), 3)
+    assert y.shape == (2, 2, 3, 18)
+    for i in range(2):
+        for j in range(3):
+            square = x[:, 3 * i : 3 * i + 3, 3 * j : 3 * j + 3]
+            np.testing.assert_array_equal(y[:, i, j], square.reshape(2, -1))
+
+
+def test_a_network_of_patches_gives_a_logit_a_pixel():
+    model = SMALL.clone(patch=2, residual=True)
+    x = normal(0, 1, 16, 24, 3)
+    assert model.stride == 8
+    variables = init(model, x)
+    assert model.apply(variables, x).shape == (1, 16, 24, 1)
+    assert variables["params"]["head"]["kernel"].shape == (2, 2, 4, 1)
+    # What is moved by the stride, far from the border, gives what is moved by the stride.
+    wide = normal(1, 1, 256, 16, 3)
+    plain = model.clone(group_size=None)
+    variables = init(plain, x)
+    logits, moved = (plain.apply(variables, jnp.roll(wide, s, 1)) for s in (0, 8))
+    np.testing.assert_allclose(logits[:, 120:128], moved[:, 128:136], atol=1e-5)
 
 
 def test_max_pool_takes_the_largest_of_four():
@@ -125,7 +166,7 @@ def test_dropout_is_the_same_alone_and_under_vmap():
 
 def test_dropout_stands_before_the_last_convolution_and_only_in_training():
     x = normal(0, 1, 8, 8, 3)
-    block = Block(4, convs=3, group_size=None, dropout=0.5, dtype=jnp.float32)
+    block = Block(4, 3, None, dropout=0.5, residual=False, dtype=jnp.float32)
     variables = block.init(jax.random.key(1), x, False)
 
     def run(train):

@@ -114,3 +114,18 @@ def test_a_source_is_evaluated_as_its_arrays(variables):
     same, _ = predict.evaluate(MODEL, variables, data.load(source, 16))
     assert figures == same
     assert metrics.pooled(counts).tn[0] + metrics.pooled(counts).fp[0] > 0
+
+
+def test_a_mirrored_model_is_the_mean_of_four_predictions(variables):
+    picture, mirrored = image(2, 8, 12, 3), predict.Mirrored(MODEL)
+    apply = jax.jit(MODEL.apply)
+    total = np.zeros((2, 8, 12, 1))
+    for down in (1, -1):
+        for right in (1, -1):
+            logits = np.asarray(apply(variables, picture[:, ::down, ::right] / np.float32(255)))
+            total += logits[:, ::down, ::right]
+    proba = predict.predict_proba(mirrored, variables, picture)
+    np.testing.assert_allclose(proba, reference.sigmoid(total / 4), rtol=1e-5, atol=1e-6)
+    arrays = data.Arrays(picture, np.ones((2, 8, 12, 1), np.uint8), ["a", "b"], "")
+    _, counts = predict.evaluate(mirrored, variables, arrays)
+    np.testing.assert_array_equal(counts.tp[:, 0], (total > 0).sum((1, 2, 3)))

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import ablate
 import evaluate
 import jax
 import numpy as np
@@ -373,7 +374,16 @@ def test_evaluation_needs_the_workdir_alone(undisturbed, capsys):
         *("iou_per_image", "dice_pooled", "iou_pooled", "precision_pooled", "recall_pooled"),
         *("accuracy", "n_images", "iou_per_image_interval", "protocol", "step"),
     }
+    # These pictures have the network's size.
+    own_size = report["own_size"]
+    assert own_size["per_image"]["dice"]["mean"] == pytest.approx(report["dice_per_image"])
+    assert own_size["pooled"]["recall"] == pytest.approx(report["recall_pooled"])
+    assert 0 < own_size["calibration_error"] < 0.5
     assert Image.open(workdir / "evaluation-test.png").size == (3 * 32, 3 * 32)
+    assert Image.open(workdir / "evaluation-test-reliability.png").format == "PNG"
+    assert evaluate.main(["--workdir", str(workdir), "--flips"]) == 0
+    flips = json.loads((workdir / "evaluation-test-flips.json").read_text())
+    assert flips["flips"] and flips["dice_per_image"] != report["dice_per_image"]
     assert evaluate.main(["--workdir", str(workdir), "--split", "validation"]) == 0
     assert json.loads((workdir / "evaluation-validation-latest.json").read_text())["n_images"] > 0
     # the figures of training, computed anew
@@ -429,6 +439,37 @@ def test_prediction_finds_the_disc(folders, undisturbed, tmp_path):
     found = np.asarray(Image.open(tmp_path / "07-mask.png")) > 127
     truth = np.asarray(Image.open(folders / "masks" / "07.png")) > 0
     assert (found & truth).sum() / (found | truth).sum() > 0.5
+
+
+def test_the_strong_recipe_learns_and_keeps_its_number_of_epochs(folders, tmp_path, capsys):
+    settings = {"recipe": "strong", "learning_rate": 1e-2}
+    run = arguments(folders, tmp_path / "run", epochs=20, **settings)
+    assert train.main(run) == 0
+    assert lines(tmp_path / "run")[-1]["val_dice_per_image"] > 0.5
+    capsys.readouterr()
+    assert train.main(arguments(folders, tmp_path / "run", epochs=21, **settings)) == 1
+    assert "epochs: 20 -> 21" in capsys.readouterr().err
+    out = tmp_path / "out"
+    words = ["--workdir", str(tmp_path / "run"), "--out", str(out), "--flips"]
+    assert predict.main([*words, str(folders / "images" / "07.png")]) == 0
+    assert (np.asarray(Image.open(out / "07-mask.png")) > 0).any()
+
+
+def test_the_ablation_trains_each_row_once_and_prints_the_table(
+    folders, tmp_path, capsys, monkeypatch
+):
+    rows = ("strong", "BCE alone")
+    monkeypatch.setattr(ablate, "ROWS", {name: ablate.ROWS[name] for name in rows})
+    flags = arguments(folders, tmp_path / "a", recipe="strong", epochs=1)
+    assert ablate.main(flags) == 0
+    table = capsys.readouterr().out
+    assert all(f"| {name} |" in table for name in ablate.ROWS)
+    files = sorted((tmp_path / "a").iterdir())
+    assert len(files) == 2
+    times = [file.stat().st_mtime_ns for file in files]
+    assert ablate.main(flags) == 0
+    assert capsys.readouterr().out == table
+    assert times == [file.stat().st_mtime_ns for file in files]
 
 
 def test_no_picture_is_written_over(undisturbed, tmp_path, capsys):

@@ -5,7 +5,7 @@ import pytest
 import recipes
 from recipes import Config, make_recipe
 
-from flax_unet import augment, losses
+from flax_unet import losses
 from flax_unet.model import ARTICLE, UNet
 
 
@@ -36,11 +36,31 @@ def test_the_article_is_the_article(tmp_path):
     assert defaults.learning_rate == 1e-3
 
 
-def test_the_default_has_its_widths_with_norm_and_flips(tmp_path):
+def test_the_default_has_its_widths_with_norm_and_augmentation(tmp_path):
     model, _, loss_fn, change = make_recipe(Config(tmp_path))
     assert model.features == ARTICLE.features and model.convs == ARTICLE.convs
     assert model.group_size == 1 and model.dropout == 0
-    assert loss_fn is losses.bce and change is augment.random_flips
+    assert loss_fn is losses.bce and change is recipes.light
+
+
+def test_the_strong_recipe_is_small_enough_to_ship(tmp_path):
+    model, _, loss_fn, change = make_recipe(Config(tmp_path, recipe="strong"))
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    assert sum(x.size for x in jax.tree.leaves(variables)) < 9e6
+    assert loss_fn is losses.bce_soft_dice and change is recipes.heavy
+
+
+def test_the_rate_of_the_strong_recipe_rises_and_falls_and_only_kernels_decay():
+    tx = recipes.falling_adamw(1e-2, 100)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    state, sizes = tx.init(params), []
+    for _ in range(100):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        sizes.append(float(-updates["kernel"][0, 0]) / 0.02)  # without a gradient: rate x decay
+        assert not updates["bias"].any()
+    t = np.arange(100)
+    falling = 0.5 * (1 + np.cos(np.pi * (t - 5) / 95))
+    np.testing.assert_allclose(sizes, 1e-2 * np.where(t < 5, t / 5, falling), rtol=1e-4, atol=1e-9)
 
 
 def test_the_type_of_the_computation_is_the_models(tmp_path):
@@ -55,11 +75,11 @@ def test_the_type_of_the_computation_is_the_models(tmp_path):
 
 
 def test_config_json_gives_back_the_configuration_and_the_network(tmp_path):
-    for recipe in ("unet", "article"):
+    for recipe in ("unet", "strong", "article"):
         config = Config(tmp_path, recipe=recipe, features=(4, 8), dtype="bfloat16")
         stored = recipes.to_json(config, {"train": "0" * 64})
         assert recipes.from_json(stored, tmp_path) == (config, make_recipe(config).model)
-        assert stored["training"]["loss"] == "bce"
+        assert stored["training"]["loss"] == make_recipe(config).loss_fn.__name__
     assert stored["model"]["dropout"] == [0.1, 0.1] and stored["model"]["group_size"] is None
 
 

@@ -310,3 +310,22 @@ def test_the_library_needs_no_tensorflow_tfds_or_orbax_to_be_imported():
         "print({'tensorflow', 'tensorflow_datasets', 'orbax'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "set()\n"
+
+
+def test_the_average_of_the_parameters_is_their_moving_average():
+    tx = optax.chain(optax.sgd(0.1), train.average_params(0.3))
+    state, step, batch = make_state(STILL, tx), make_step(STILL, tx), make_batch()
+    mean = jax.device_get(state.params)
+    assert_close(state.variables["params"], mean)
+    for t in range(5):
+        state, _ = step(state, batch, jax.random.key(0))
+        keep = min(0.3, (1 + t) / (10 + t))
+        now = jax.device_get(state.params)
+        mean = jax.tree.map(lambda old, new, k=keep: k * old + (1 - k) * new, mean, now)
+        assert_close(state.variables["params"], mean, rtol=1e-5, atol=1e-7)
+    # It changes no update, and is not what is trained.
+    plain = make_state(STILL, optax.sgd(0.1))
+    for _ in range(5):
+        plain, _ = make_step(STILL, optax.sgd(0.1))(plain, batch, jax.random.key(0))
+    assert_close(state.params, plain.params, rtol=1e-6, atol=1e-8)
+    assert_close(plain.variables["params"], plain.params)

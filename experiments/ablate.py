@@ -1,0 +1,107 @@
+"""What each ingredient of `strong` gives: `python experiments/ablate.py --workdir runs/ablation`.
+
+Trains the recipe, and the recipe without each ingredient in turn, and scores the last state of each
+on the validation split. What is done already is not done again.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+import tyro
+from recipes import (
+    Config,
+    Recipe,
+    absolute,
+    keep_compiled,
+    load_split,
+    make_recipe,
+    open_sources,
+    write_atomically,
+)
+from tqdm import tqdm
+
+from flax_unet import augment, data, losses, metrics, predict, train
+
+still = partial(augment.random_affine, scale=1.5, shear=15.0, shift=0.125)
+colour = partial(augment.random_colour, brightness=0.3, contrast=0.3, saturation=0.3)
+
+#: The recipe without an ingredient, or with a simpler one in its place.
+ROWS: dict[str, Callable[[Recipe, float], Recipe]] = {
+    "strong": lambda r, rate: r,
+    "no elastic warp": lambda r, rate: r._replace(augment=augment.chain(still, colour)),
+    "flips for affine and elastic": lambda r, rate: r._replace(
+        augment=augment.chain(augment.random_flips, colour)
+    ),
+    "no change of colours": lambda r, rate: r._replace(augment=partial(still, elastic=0.02)),
+    "BCE alone": lambda r, rate: r._replace(loss_fn=losses.bce),
+    "no residual connections": lambda r, rate: r._replace(model=r.model.clone(residual=False)),
+    "Adam for the falling AdamW, no average": lambda r, rate: r._replace(tx=optax.adam(rate)),
+}
+
+
+def train_and_score(
+    config: Config, recipe: Recipe, arrays: dict[str, data.Arrays], name: str
+) -> dict[str, list[float]]:
+    """Dice of each validation image after the last epoch, as predicted and with flips."""
+    model, tx, loss_fn, change = recipe
+    init_key, key = jax.random.split(jax.random.key(config.seed))
+    create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
+    state = create(model, tx, init_key, (1, model.stride, model.stride, 3))
+    step = train.make_train_step(model, tx, loss_fn, augment=change)
+    resident = data.to_device(arrays["train"])
+    for epoch in tqdm(range(config.epochs), desc=name, unit="epoch"):
+        order = data.shuffled(len(resident.image), config.seed, epoch)
+        for batch in data.batches(resident, config.batch_size, order):
+            state, _ = step(state, batch, key)
+        jax.block_until_ready(state)
+    scores = {}
+    for what, network in {"dice": model, "dice_flips": predict.Mirrored(model)}.items():
+        _, counts = predict.evaluate(network, state.variables, arrays["validation"])
+        scores[what] = metrics.dice(counts).mean(-1).tolist()
+    return scores
+
+
+def row(name: str, values: np.ndarray, base: np.ndarray) -> str:
+    """A line of the table: the mean, and the difference from the recipe with its interval."""
+    low, high = metrics.bootstrap_interval(values - base)
+    verdict = "not shown" if low <= 0 <= high else ""
+    gap = (values - base).mean()
+    return f"| {name} | {values.mean():.3f} | {gap:+.3f} ({low:+.3f} to {high:+.3f}) | {verdict} |"
+
+
+def main(args: list[str] | None = None) -> int:
+    config = absolute(tyro.cli(Config, description=__doc__, args=args))
+    keep_compiled()
+    try:
+        recipe, sources = make_recipe(config), open_sources(config)
+        splits = ("train", "validation")
+        arrays = {split: load_split(config, sources, split) for split in splits}
+        config.workdir.mkdir(parents=True, exist_ok=True)
+        scores = {}
+        for name, change in ROWS.items():
+            file = config.workdir / f"{name.replace(' ', '-')}.json"
+            if not file.is_file():
+                recipe = make_recipe(config, len(arrays["train"].image))
+                changed = change(recipe, config.learning_rate)
+                found = train_and_score(config, changed, arrays, name)
+                write_atomically(file, json.dumps(found) + "\n")
+            scores[name] = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    base = np.array(scores["strong"]["dice"])
+    print("| | Dice per image | difference (95 % interval) | |\n|---|---|---|---|")
+    print(f"| strong | {base.mean():.3f} | | |")
+    for name in [*ROWS][1:]:
+        print(row(name, np.array(scores[name]["dice"]), base))
+    print(row("with flips in prediction", np.array(scores["strong"]["dice_flips"]), base))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
