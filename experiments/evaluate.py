@@ -215,8 +215,8 @@ def run(options: Options) -> None:
             mean = values["per_image"]["dice"]["mean"]
             print(f"    dice of the {values['n_images']} {polyp} polyps {mean:.4f}")
     print(f"    calibration error {own_size['calibration_error']:.4f}")
-    line = "  {parameters} parameters, {gflop_per_image:.2f} GFLOP an image, {images_per_second:.1f} a s"
-    print(line.format(**report["cost"]))
+    price = "{parameters} parameters, {gflop_per_image:.2f} GFLOP, {images_per_second:.1f} images a s"
+    print("  " + price.format(**report["cost"]))
     order = np.argsort(-dice, kind="stable")
     chosen = [int(order[i]) for i in (0, len(order) // 2, -1)]
     names = [f"{arrays.name[i]} (Dice {dice[i]:.3f})" for i in chosen]
