@@ -157,6 +157,35 @@ def open_split(options: Options, config: Config) -> tuple[Sequence[dict[str, Any
     return split_of(config, open_sources(config), options.split), options.split, protocol
 
 
+def show(report: dict[str, Any]) -> None:
+    """Print what matters of a report."""
+    own_size = report["own_size"]
+    print(
+        f"{report['protocol']}, {report['what']}: {report['n_images']} images, "
+        f"{report['checkpoint']} checkpoint (step {report['step']})"
+    )
+    for key in ("dice_per_image", "iou_per_image"):
+        low, high = report[f"{key}_interval"]
+        print(f"  {key:<20}{report[key]:.4f}   95 % interval {low:.4f} to {high:.4f}")
+    pooled = [f"{ratio.__name__}_pooled" for ratio in RATIOS]
+    for key in ("precision_per_image", "recall_per_image", *pooled, "accuracy"):
+        print(f"  {key:<20}{report[key]:.4f}")
+    print("  at their own sizes, mean over the images (distances in % of the diagonal):")
+    for key, value in own_size["per_image"].items():
+        low, high = value["interval"]
+        print(f"    {key:<18}{value['mean']:.4f}   95 % interval {low:.4f} to {high:.4f}")
+    for polyp, values in own_size["by_polyp_size"].items():
+        if values["n_images"]:
+            mean, n = values["per_image"]["dice"]["mean"], values["n_images"]
+            print(f"    {'dice, ' + polyp:<18}{mean:.4f}   {n} images")
+    print(f"    calibration error {own_size['calibration_error']:.4f}")
+    cost = report["cost"]
+    print(
+        f"  {cost['parameters']} parameters, {cost['gflop_per_image']:.2f} GFLOP an image, "
+        f"{cost['images_per_second']:.1f} images a second here"
+    )
+
+
 def run(options: Options) -> None:
     """Score, print a table, write evaluation-WHAT.json and .png to the workdir."""
     on_validation = options.images is None and options.split == "validation"
@@ -194,29 +223,11 @@ def run(options: Options) -> None:
         "own_size": own_size,
     }
 
-    print(f"{protocol}, {what}: {figures['n_images']} images, {which} checkpoint (step {step})")
     if which == "best" and on_validation:
         print("note: the best checkpoint was chosen on these very images")
     if options.images is None and fingerprints.get(what) != arrays.fingerprint:
         print("warning: these are not the pictures that the run had when it began")
-    for key in ("dice_per_image", "iou_per_image"):
-        low, high = report[f"{key}_interval"]
-        print(f"  {key:<18}{figures[key]:.4f}   95 % interval {low:.4f} to {high:.4f}")
-    pooled = [f"{ratio.__name__}_pooled" for ratio in RATIOS]
-    for key in ("precision_per_image", "recall_per_image", *pooled, "accuracy"):
-        print(f"  {key:<18}{figures[key]:.4f}")
-    print("  at their own sizes, mean over the images:")
-    for key, value in own_size["per_image"].items():
-        low, high = value["interval"]
-        unit = " % of the diagonal" if key in ("hd95", "assd") else ""
-        print(f"    {key:<16}{value['mean']:.4f}   95 % interval {low:.4f} to {high:.4f}{unit}")
-    for polyp, values in own_size["by_polyp_size"].items():
-        if values["n_images"]:
-            mean = values["per_image"]["dice"]["mean"]
-            print(f"    dice of the {values['n_images']} {polyp} polyps {mean:.4f}")
-    print(f"    calibration error {own_size['calibration_error']:.4f}")
-    price = "{parameters} parameters, {gflop_per_image:.2f} GFLOP, {images_per_second:.1f} images a s"
-    print("  " + price.format(**report["cost"]))
+    show(report)
     order = np.argsort(-dice, kind="stable")
     chosen = [int(order[i]) for i in (0, len(order) // 2, -1)]
     names = [f"{arrays.name[i]} (Dice {dice[i]:.3f})" for i in chosen]
