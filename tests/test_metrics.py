@@ -121,6 +121,29 @@ def test_the_calibration_error_of_a_hand_made_set():
     assert error == pytest.approx(0.4 * 0.15 + 0.6 * 0.2)
 
 
+def test_equal_to_torchmetrics():
+    """Only where it is installed."""
+    theirs = pytest.importorskip("torchmetrics.classification")
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    proba = rng.random((4, 20, 30)).astype(np.float32)
+    labels = rng.random((4, 20, 30)) < proba**2
+    p, y = torch.from_numpy(proba), torch.from_numpy(labels).int()
+    logits = jnp.asarray(np.log(proba / (1 - proba)))[..., None]
+    total = metrics.pooled(metrics.confusion(logits, jnp.asarray(labels)[..., None]))
+    for ratio, name in {
+        metrics.dice: "BinaryF1Score",
+        metrics.iou: "BinaryJaccardIndex",
+        metrics.precision: "BinaryPrecision",
+        metrics.recall: "BinaryRecall",
+    }.items():
+        expected = getattr(theirs, name)()(p, y)
+        assert ratio(total)[0] == pytest.approx(float(expected)), name
+    expected = theirs.BinaryCalibrationError(n_bins=15, norm="l1")(p, y)
+    error = metrics.calibration_error(metrics.reliability(proba, labels))
+    assert error == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_bootstrap_interval_is_near_the_normal_one():
     values = np.random.default_rng(0).normal(0.8, 0.1, 400)
     low, high = metrics.bootstrap_interval(values)
