@@ -1,46 +1,57 @@
 """What each ingredient of `strong` gives: `python experiments/ablate.py --workdir runs/ablation`.
 
-Trains the recipe, and the recipe without each ingredient in turn, and scores the last state of each
-on the validation split. What is done already is not done again.
+Trains the recipe, and the recipe with each ingredient changed in turn, and scores the last state of
+each on the validation split. What is done already is not done again. An interval is over the images
+of two trainings, one each: that another seed would give another difference is not in it.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
 import numpy as np
-import optax
 import tyro
 from recipes import (
+    AUGMENT,
+    DETERMINES,
     Config,
     Recipe,
     absolute,
+    changes,
     keep_compiled,
+    keras_adam,
     load_split,
     make_recipe,
     open_sources,
+    to_json,
     write_atomically,
 )
 from tqdm import tqdm
 
 from flax_unet import augment, data, losses, metrics, predict, train
 
-still = partial(augment.random_affine, scale=1.5, shear=15.0, shift=0.125)
-colour = partial(augment.random_colour, brightness=0.3, contrast=0.3, saturation=0.3)
+affine, colour = AUGMENT["strong"]
+more = augment.chain(
+    changes(affine, colour), augment.random_blur, augment.random_noise, augment.random_cutout
+)
 
-#: The recipe without an ingredient, or with a simpler one in its place.
+#: The recipe without an ingredient, with a simpler one in its place, or with one more.
 ROWS: dict[str, Callable[[Recipe, float], Recipe]] = {
     "strong": lambda r, rate: r,
-    "no elastic warp": lambda r, rate: r._replace(augment=augment.chain(still, colour)),
-    "flips for affine and elastic": lambda r, rate: r._replace(
-        augment=augment.chain(augment.random_flips, colour)
+    "flips for affine and elastic warp": lambda r, rate: r._replace(
+        augment=augment.chain(augment.random_flips, partial(augment.random_colour, **colour))
     ),
-    "no change of colours": lambda r, rate: r._replace(augment=partial(still, elastic=0.02)),
+    "no change of colours": lambda r, rate: r._replace(
+        augment=partial(augment.random_affine, **affine)
+    ),
+    "with blur, noise and cut-out": lambda r, rate: r._replace(augment=more),
     "BCE alone": lambda r, rate: r._replace(loss_fn=losses.bce),
     "no residual connections": lambda r, rate: r._replace(model=r.model.clone(residual=False)),
-    "Adam for the falling AdamW, no average": lambda r, rate: r._replace(tx=optax.adam(rate)),
+    "Adam for the falling AdamW, no average": lambda r, rate: r._replace(tx=keras_adam(rate)),
 }
 
 
@@ -75,18 +86,21 @@ def row(name: str, values: np.ndarray, base: np.ndarray) -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    config = absolute(tyro.cli(Config, description=__doc__, args=args))
+    config = replace(absolute(tyro.cli(Config, description=__doc__, args=args)), recipe="strong")
     keep_compiled()
     try:
-        recipe, sources = make_recipe(config), open_sources(config)
-        splits = ("train", "validation")
+        make_recipe(config)  # settings that do not fit are refused before anything else
+        sources, splits = open_sources(config), ("train", "validation")
         arrays = {split: load_split(config, sources, split) for split in splits}
+        recipe = make_recipe(config, len(arrays["train"].image))
+        settings = to_json(config, {split: each.fingerprint for split, each in arrays.items()})
+        text = json.dumps([settings[part] for part in DETERMINES], sort_keys=True)
+        kind = hashlib.sha256(text.encode()).hexdigest()[:8]  # other settings, other files
         config.workdir.mkdir(parents=True, exist_ok=True)
         scores = {}
         for name, change in ROWS.items():
-            file = config.workdir / f"{name.replace(' ', '-')}.json"
+            file = config.workdir / f"{name.replace(' ', '-')}-{kind}.json"
             if not file.is_file():
-                recipe = make_recipe(config, len(arrays["train"].image))
                 changed = change(recipe, config.learning_rate)
                 found = train_and_score(config, changed, arrays, name)
                 write_atomically(file, json.dumps(found) + "\n")

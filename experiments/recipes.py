@@ -30,6 +30,20 @@ PATHS = ("workdir", "kvasir_zip", "images", "masks", "data_dir")
 DETERMINES = ("config", "model", "training", "data")
 #: The network of `strong`.
 STRONG = UNet(features=(24, 48, 96, 192, 384), convs=2, residual=True, patch=2)
+#: Its optimizer: the share of the steps for which the rate rises, the largest norm of a gradient,
+#: the decay of the weights, that of their average.
+ADAMW = {"rise": 0.05, "clip": 1.0, "decay": 0.02, "average": 0.999}
+#: What `augment.random_affine` and `augment.random_colour` are given.
+AUGMENT = {
+    "unet": (
+        {"rotation": 180.0, "scale": 1.25, "shear": 10.0, "shift": 0.1},
+        {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 10.0},
+    ),
+    "strong": (
+        {"rotation": 180.0, "scale": 1.5, "shear": 15.0, "shift": 0.125, "elastic": 0.02},
+        {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 10.0},
+    ),
+}
 #: Attributes of a `UNet` that determine what it computes.
 MODEL = {f.name for f in dataclasses.fields(UNet)} - {"parent", "name", "remat"}
 
@@ -58,7 +72,8 @@ class Config:
     features: tuple[int, ...] | None = None
     """Channels of each level, the last being the bottleneck's; by default the recipe's."""
     image_size: int = 256
-    """Height and width to which pictures are resized, a multiple of 2 for each level but one."""
+    """Height and width of the resized pictures: a multiple of 32, or of half as much for each level
+    less that --features has."""
     batch_size: int = 8
     """Images a step."""
     epochs: int = 100
@@ -97,30 +112,28 @@ def keras_adam(learning_rate: float) -> optax.GradientTransformation:
 
 
 def falling_adamw(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """AdamW whose rate rises for 5 % of the steps and falls to 0 as a cosine, and the average.
+    """AdamW whose rate rises and then falls to 0 as a cosine; see `ADAMW`. Only kernels decay.
 
-    Loshchilov, Hutter: "Decoupled Weight Decay Regularization", ICLR 2019. Only kernels decay.
+    Loshchilov, Hutter: "Decoupled Weight Decay Regularization", ICLR 2019.
     """
-    rate = optax.warmup_cosine_decay_schedule(0, learning_rate, max(1, steps // 20), max(2, steps))
+    rise = max(1, int(ADAMW["rise"] * steps))
+    rate = optax.warmup_cosine_decay_schedule(0, learning_rate, rise, max(2, steps))
+
+    def kernels(params: Any) -> Any:
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
     return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(rate, weight_decay=0.02, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
-        train.average_params(0.999),
+        optax.clip_by_global_norm(ADAMW["clip"]),
+        optax.adamw(rate, weight_decay=ADAMW["decay"], mask=kernels),
+        train.average_params(ADAMW["average"]),
     )
 
 
-def light(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The augmentation of `unet`."""
-    return augment.chain(augment.random_affine, augment.random_colour)(key, image, mask)
-
-
-def heavy(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The augmentation of `strong`."""
-    changes = augment.chain(
-        partial(augment.random_affine, scale=1.5, shear=15.0, shift=0.125, elastic=0.02),
-        partial(augment.random_colour, brightness=0.3, contrast=0.3, saturation=0.3),
+def changes(affine: dict[str, float], colour: dict[str, float]) -> augment.Augment:
+    """The augmentation with these settings, see `AUGMENT`."""
+    return augment.chain(
+        partial(augment.random_affine, **affine), partial(augment.random_colour, **colour)
     )
-    return changes(key, image, mask)
 
 
 def make_recipe(config: Config, images: int = 1) -> Recipe:
@@ -138,7 +151,9 @@ def make_recipe(config: Config, images: int = 1) -> Recipe:
             raise ValueError(f"{field} is {getattr(config, field)}: it must be positive")
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"seed is {config.seed}: it must be in [0, 2^63)")
-    features = config.features or (STRONG if config.recipe == "strong" else UNet).features
+    features = config.features
+    if features is None:
+        features = (STRONG if config.recipe == "strong" else UNet).features
     if not 1 <= len(features) <= len(UNet.features) or min(features) < 1:
         raise ValueError(f"features is {features}: give one to six positive numbers")
     size = {"features": features, "dtype": jnp.dtype(config.dtype)}
@@ -147,9 +162,10 @@ def make_recipe(config: Config, images: int = 1) -> Recipe:
         assert isinstance(ARTICLE.dropout, tuple)
         model = ARTICLE.clone(**size, dropout=ARTICLE.dropout[: len(features)])
     elif config.recipe == "unet":
-        model, change = UNet(**size), light
+        model, change = UNet(**size), changes(*AUGMENT["unet"])
     else:
-        model, loss_fn, change = STRONG.clone(**size), losses.bce_soft_dice, heavy
+        model, change = STRONG.clone(**size), changes(*AUGMENT["strong"])
+        loss_fn = losses.bce_soft_dice
         steps = config.epochs * -(-images // config.batch_size)
         tx = falling_adamw(config.learning_rate, steps)
     if config.image_size % model.stride:
@@ -269,12 +285,12 @@ def to_json(config: Config, fingerprints: dict[str, str]) -> dict[str, Any]:
     for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout, not installed
             versions[name] = metadata.version(name)
-    device, (model, _, loss_fn, change) = jax.devices()[0], make_recipe(config)
+    device, (model, _, loss_fn, _) = jax.devices()[0], make_recipe(config)
     fields["features"] = model.features
     settings = {name: getattr(model, name) for name in sorted(MODEL)}
-    training = {"loss": loss_fn.__name__, "augment": getattr(change, "__name__", None)}
-    if config.recipe == "strong":  # its rate falls over all of them
-        training["epochs"] = config.epochs
+    training = {"loss": loss_fn.__name__, "augment": AUGMENT.get(config.recipe)}
+    if config.recipe == "strong":
+        training |= {"optimizer": ADAMW, "epochs": config.epochs}  # over which the rate falls
     stored = {
         "config": fields,
         # What the recipe's name stands for today.
@@ -301,6 +317,9 @@ def read_json(workdir: Path) -> dict[str, Any]:
     try:
         stored = json.loads(file.read_text())
         if {*DETERMINES, "free", "device", "versions"} <= stored.keys():
+            # A network of before there was an attribute is the plain one.
+            for name in MODEL - stored["model"].keys():
+                stored["model"][name] = getattr(UNet, name)
             return stored
     except (ValueError, AttributeError):
         pass

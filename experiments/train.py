@@ -253,7 +253,8 @@ def fit(
     history = read_history(workdir / "metrics.jsonl", first)
     events = event_writer(workdir, step)
     if first >= config.epochs:
-        print(f"all {first} epochs are done; ask for more with --epochs")
+        more = "" if config.recipe == "strong" else "; ask for more with --epochs"
+        print(f"all {first} epochs are done{more}")
     for epoch in range(first, config.epochs):
         done, started = len(records) * size, time.perf_counter()
         order = data.shuffled(n, config.seed, epoch)[done:]

@@ -266,7 +266,7 @@ def blur(image: jax.Array, sigma: ArrayLike, *, radius: int) -> jax.Array:
         Float32 [H, W, C].
     """
     distance = jnp.arange(-radius, radius + 1)
-    # The smallest sigma of which the square is not 0.
+    # By a sigma of 0 nothing can be divided; of this one only the middle is left.
     weight = jnp.exp(-0.5 * (distance / jnp.maximum(sigma, 1e-6)) ** 2)
     weight = weight / weight.sum()
     for axis in (0, 1):

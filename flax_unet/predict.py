@@ -21,8 +21,8 @@ from flax_unet.train import Loss, make_eval_step
 class Mirrored:
     """A model whose logits are the mean over an image and its mirror images: four times the work.
 
-    Mirrored left to right, top to bottom, both and neither. Stands wherever the model does that it
-    is made of, with the same variables.
+    Mirrored left to right, top to bottom, both and neither. The functions here take it in place of
+    the model that it is made of, with the same variables.
     """
 
     model: Any

@@ -67,7 +67,9 @@ def average_params(decay: float) -> optax.GradientTransformation:
     """
 
     def init(params: Any) -> Any:
-        return Average(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
+        # A copy, for the state is donated whole; in bfloat16 small steps would be lost.
+        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+        return Average(jnp.zeros((), jnp.int32), params)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         keep = jnp.minimum(decay, (1 + state.count) / (10 + state.count))

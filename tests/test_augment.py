@@ -334,7 +334,7 @@ def test_about_half_of_the_pictures_are_blurred_noisy_or_cut_and_the_masks_stay(
         assert 16 < still < 48, change  # four standard deviations
 
 
-def test_noise_has_its_deviation_and_no_colour():
+def test_noise_has_its_deviation_in_each_channel_alone():
     image = jnp.full((200, 32, 32, 3), 0.5)
     noisy, _ = augment.random_noise(jax.random.key(0), image, None, deviation=0.04)
     deviation = np.asarray(noisy - image).std((1, 2, 3))
@@ -342,6 +342,8 @@ def test_noise_has_its_deviation_and_no_colour():
     drawn = deviation[deviation > 0]
     assert abs(drawn.mean() - 0.02) < 0.006  # uniform from 0 to 0.04
     assert abs(float(noisy.mean()) - 0.5) < 1e-3
+    grey = np.asarray(noisy - image).mean(-1).std((1, 2))  # of three that do not know each other
+    np.testing.assert_allclose(grey[deviation > 0], drawn / 3**0.5, rtol=0.1)
 
 
 def test_a_cutout_is_one_rectangle_of_the_mean_colour():

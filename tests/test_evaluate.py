@@ -1,6 +1,7 @@
 """The report of evaluate.py on pictures at their own sizes."""
 
 import io
+import json
 
 import evaluate
 import jax
@@ -89,13 +90,16 @@ def test_pictures_are_scored_at_their_own_sizes_and_by_the_size_of_the_polyp():
     assert reliability.found.sum() == sum(mask.sum() for _, mask in truth)
 
 
-def test_no_large_polyp_is_no_error():
-    source, _ = drawn(12)
-    small = [
-        each for each in source if np.asarray(Image.open(io.BytesIO(each["mask"]))).mean() < 12
-    ]
+def test_no_large_polyp_is_no_error_and_none_is_not_a_small_one():
+    source, truth = drawn(12)
+    small = [each for each, (_, mask) in zip(source, truth, strict=True) if mask.mean() < 0.05]
+    black, empty = np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40), np.uint8)
+    small.append({"name": "none", "image": png(black), "mask": png(empty)})
     report, _ = evaluate.score_pictures(Bright(), {}, small, 64)
-    assert report["by_polyp_size"]["large"] == {"n_images": 0}
+    sizes = {polyp: each["n_images"] for polyp, each in report["by_polyp_size"].items()}
+    assert sizes == {"none": 1, "small": len(small) - 1, "medium": 0, "large": 0}
+    assert report["by_polyp_size"]["none"]["per_image"]["dice"]["mean"] == 1
+    json.dumps(report)
 
 
 def test_the_cost_is_counted():

@@ -16,9 +16,12 @@ import jax
 import numpy as np
 import predict
 import pytest
+import recipes
 import train
 from PIL import Image
 from recipes import restore_run
+
+from flax_unet import checkpoint
 
 PROGRAMS = Path(__file__).parent.parent / "experiments"
 EPOCHS = 16
@@ -441,18 +444,64 @@ def test_prediction_finds_the_disc(folders, undisturbed, tmp_path):
     assert (found & truth).sum() / (found | truth).sum() > 0.5
 
 
-def test_the_strong_recipe_learns_and_keeps_its_number_of_epochs(folders, tmp_path, capsys):
+def test_the_strong_recipe_learns_and_keeps_its_number_of_epochs(
+    folders, tmp_path, capsys, monkeypatch
+):
+    make, steps = recipes.falling_adamw, set()
+
+    def noted(rate, n):
+        steps.add(n)
+        return make(rate, n)
+
+    monkeypatch.setattr(recipes, "falling_adamw", noted)
     settings = {"recipe": "strong", "learning_rate": 1e-2}
     run = arguments(folders, tmp_path / "run", epochs=20, **settings)
     assert train.main(run) == 0
+    assert max(steps) == lines(tmp_path / "run")[-1]["step"]
     assert lines(tmp_path / "run")[-1]["val_dice_per_image"] > 0.5
     capsys.readouterr()
     assert train.main(arguments(folders, tmp_path / "run", epochs=21, **settings)) == 1
     assert "epochs: 20 -> 21" in capsys.readouterr().err
     out = tmp_path / "out"
-    words = ["--workdir", str(tmp_path / "run"), "--out", str(out), "--flips"]
-    assert predict.main([*words, str(folders / "images" / "07.png")]) == 0
-    assert (np.asarray(Image.open(out / "07-mask.png")) > 0).any()
+    for flags in ([], ["--flips"]):
+        words = ["--workdir", str(tmp_path / "run"), "--out", str(out / str(len(flags))), *flags]
+        assert predict.main([*words, str(folders / "images" / "07.png")]) == 0
+    found = [np.asarray(Image.open(out / each / "07-mask.png")) > 0 for each in "01"]
+    assert 0 < found[0].mean() < 0.5 and (found[0] != found[1]).any()
+
+
+def test_the_strong_recipe_goes_on_where_it_was_stopped(folders, tmp_path, monkeypatch):
+    make, stops = train.train.make_train_step, []
+
+    def interrupted(*args, **options):
+        step = make(*args, **options)
+
+        def send(state, batch, key):
+            if int(state.step) in stops:
+                signal.raise_signal(signal.SIGTERM)
+            return step(state, batch, key)
+
+        return send
+
+    def states(workdir):
+        config, model, *_ = restore_run(workdir, "latest")
+        abstract = recipes.abstract_state(recipes.make_recipe(config))
+        with checkpoint.open_checkpoints(workdir / "checkpoints", read_only=True) as opened:
+            state, _ = checkpoint.restore(opened, abstract)
+        return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+    monkeypatch.setattr(train.train, "make_train_step", interrupted)
+    straight, stopped = (
+        arguments(folders, tmp_path / name, recipe="strong", epochs=3)
+        for name in ("straight", "stopped")
+    )
+    assert train.main(straight) == 0
+    stops.append(10)  # in the second epoch, with 7 an epoch
+    assert train.main(stopped) == 128 + signal.SIGTERM
+    stops.clear()
+    assert train.main(stopped) == 0
+    assert states(tmp_path / "straight") == states(tmp_path / "stopped")
+    assert lines(tmp_path / "straight") == lines(tmp_path / "stopped")
 
 
 def test_the_ablation_trains_each_row_once_and_prints_the_table(
@@ -460,16 +509,27 @@ def test_the_ablation_trains_each_row_once_and_prints_the_table(
 ):
     rows = ("strong", "BCE alone")
     monkeypatch.setattr(ablate, "ROWS", {name: ablate.ROWS[name] for name in rows})
-    flags = arguments(folders, tmp_path / "a", recipe="strong", epochs=1)
-    assert ablate.main(flags) == 0
+    assert ablate.main(arguments(folders, tmp_path / "a", epochs=1)) == 0
     table = capsys.readouterr().out
-    assert all(f"| {name} |" in table for name in ablate.ROWS)
+    assert all(f"| {name} |" in table for name in rows)
     files = sorted((tmp_path / "a").iterdir())
-    assert len(files) == 2
+    assert len(files) == 2 and files[0].read_text() != files[1].read_text()
     times = [file.stat().st_mtime_ns for file in files]
-    assert ablate.main(flags) == 0
+    assert ablate.main(arguments(folders, tmp_path / "a", epochs=1)) == 0
     assert capsys.readouterr().out == table
     assert times == [file.stat().st_mtime_ns for file in files]
+    assert ablate.main(arguments(folders, tmp_path / "a", epochs=1, seed=1)) == 0
+    assert len([*(tmp_path / "a").iterdir()]) == 4
+
+
+def test_each_row_of_the_ablation_changes_one_thing(tmp_path):
+    recipe = recipes.make_recipe(recipes.Config(tmp_path, recipe="strong"))
+    changed = []
+    for row in ablate.ROWS.values():
+        pairs = zip(recipe._fields, recipe, row(recipe, 1e-3), strict=True)
+        changed.append([field for field, before, after in pairs if before is not after])
+    augment = ["augment"]
+    assert changed == [[], augment, augment, augment, ["loss_fn"], ["model"], ["tx"]]
 
 
 def test_no_picture_is_written_over(undisturbed, tmp_path, capsys):

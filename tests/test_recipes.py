@@ -5,7 +5,7 @@ import pytest
 import recipes
 from recipes import Config, make_recipe
 
-from flax_unet import losses
+from flax_unet import augment, losses
 from flax_unet.model import ARTICLE, UNet
 
 
@@ -40,14 +40,31 @@ def test_the_default_has_its_widths_with_norm_and_augmentation(tmp_path):
     model, _, loss_fn, change = make_recipe(Config(tmp_path))
     assert model.features == ARTICLE.features and model.convs == ARTICLE.convs
     assert model.group_size == 1 and model.dropout == 0
-    assert loss_fn is losses.bce and change is recipes.light
+    assert loss_fn is losses.bce and change is not None
 
 
 def test_the_strong_recipe_is_small_enough_to_ship(tmp_path):
     model, _, loss_fn, change = make_recipe(Config(tmp_path, recipe="strong"))
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     assert sum(x.size for x in jax.tree.leaves(variables)) < 9e6
-    assert loss_fn is losses.bce_soft_dice and change is recipes.heavy
+    assert loss_fn is losses.bce_soft_dice and change is not None
+
+
+def test_config_json_holds_what_the_augmentation_is_given(tmp_path):
+    image = jax.random.bits(jax.random.key(0), (2, 64, 64, 3), jnp.uint8)
+    for name in ("unet", "strong"):
+        config = Config(tmp_path, recipe=name)
+        affine, colour = recipes.to_json(config, {})["training"]["augment"]
+        key, mask = jax.random.key(1), image[..., :1] % 2
+        expected = augment.random_affine(jax.random.fold_in(key, 0), image, mask, **affine)
+        expected = augment.random_colour(jax.random.fold_in(key, 1), *expected, **colour)
+        for a, b in zip(make_recipe(config).augment(key, image, mask), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_no_features_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="give one to six positive numbers"):
+        make_recipe(Config(tmp_path, features=()))
 
 
 def test_the_rate_of_the_strong_recipe_rises_and_falls_and_only_kernels_decay():
