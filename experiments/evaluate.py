@@ -183,7 +183,9 @@ def show(report: dict[str, Any]) -> None:
             mean, n = values["per_image"]["dice"]["mean"], values["n_images"]
             print(f"    {'dice, ' + polyp:<18}{mean:.4f}   {n} images")
     print(f"    calibration error {own_size['calibration_error']:.4f}")
-    print("  " + ", ".join(f"{key} {value:.5g}" for key, value in report["cost"].items() if value))
+    for key, value in report["cost"].items():
+        if value is not None:
+            print(f"  {key:<20}{value:{',' if isinstance(value, int) else '.2f'}}")
 
 
 def run(options: Options) -> None:
