@@ -104,6 +104,7 @@ class Block(nn.Module):
             if self.group_size is not None:
                 x = GroupNorm(self.group_size)(x)
             if self.residual and i == self.convs - 1:
+                # Of stride 1 it is the 1x1 convolution, as one product.
                 x = x + Upsample(self.features, 1, self.dtype, name="shortcut")(given)
             x = nn.relu(x)
         return x
