@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import jax
 import numpy as np
@@ -32,25 +31,25 @@ from recipes import (
 )
 from tqdm import tqdm
 
-from flax_unet import augment, data, losses, metrics, predict, train
+from flax_unet import data, losses, metrics, predict, train
 
-affine, colour = AUGMENT["strong"]
-more = augment.chain(
-    changes(affine, colour), augment.random_blur, augment.random_noise, augment.random_cutout
-)
+affine, *looks = AUGMENT["strong"]
+nowhere = {name: 1.0 if name == "scale" else 0.0 for name in affine}  # mirrored, not moved
 
-#: The recipe without an ingredient, with a simpler one in its place, or with one more.
+#: The recipe with an ingredient left out, or a simpler one in its place.
 ROWS: dict[str, Callable[[Recipe, float], Recipe]] = {
     "strong": lambda r, rate: r,
     "flips for affine and elastic warp": lambda r, rate: r._replace(
-        augment=augment.chain(augment.random_flips, partial(augment.random_colour, **colour))
+        augment=changes(nowhere, *looks)
     ),
-    "no change of colours": lambda r, rate: r._replace(
-        augment=partial(augment.random_affine, **affine)
-    ),
-    "with blur, noise and cut-out": lambda r, rate: r._replace(augment=more),
+    "no change of colours, blur, noise": lambda r, rate: r._replace(augment=changes(affine)),
     "BCE alone": lambda r, rate: r._replace(loss_fn=losses.bce),
-    "no residual connections": lambda r, rate: r._replace(model=r.model.clone(residual=False)),
+    "instance norm for batch norm": lambda r, rate: r._replace(
+        model=r.model.clone(batch_norm=False, group_size=1)
+    ),
+    "plain blocks, logits of the last level": lambda r, rate: r._replace(
+        model=r.model.clone(residual=False, deep=False)
+    ),
     "Adam for the falling AdamW, no average": lambda r, rate: r._replace(tx=keras_adam(rate)),
 }
 

@@ -29,11 +29,25 @@ PATHS = ("workdir", "kvasir_zip", "images", "masks", "data_dir")
 #: Parts of config.json that determine the run; another value of one is another run.
 DETERMINES = ("config", "model", "training", "data")
 #: The network of `strong`.
-STRONG = UNet(features=(24, 48, 96, 192, 384), convs=2, residual=True, patch=2)
+STRONG = UNet(
+    features=(24, 48, 96, 192, 384),
+    convs=2,
+    group_size=None,
+    batch_norm=True,
+    residual=True,
+    patch=2,
+    deep=True,
+)
 #: Its optimizer: the share of the steps for which the rate rises, the largest norm of a gradient,
 #: the decay of the weights, that of their average.
 ADAMW = {"rise": 0.05, "clip": 1.0, "decay": 0.02, "average": 0.999}
-#: What `augment.random_affine` and `augment.random_colour` are given.
+#: The augmentations, one after the other, and what each is given; the last may be left out.
+CHANGES = (
+    augment.random_affine,
+    augment.random_colour,
+    augment.random_blur,
+    augment.random_noise,
+)
 AUGMENT = {
     "unet": (
         {"rotation": 180.0, "scale": 1.25, "shear": 10.0, "shift": 0.1},
@@ -42,6 +56,8 @@ AUGMENT = {
     "strong": (
         {"rotation": 180.0, "scale": 1.5, "shear": 15.0, "shift": 0.125, "elastic": 0.02},
         {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 10.0},
+        {"sigma": 1.0},
+        {"deviation": 0.03},
     ),
 }
 #: Attributes of a `UNet` that determine what it computes.
@@ -69,6 +85,8 @@ class Config:
     """Folder of masks (--dataset folder)."""
     data_dir: Path | None = None
     """Where TFDS keeps prepared datasets; by default ~/tensorflow_datasets."""
+    init: Path | None = None
+    """Workdir of a run of the same network, whose best parameters are the initial ones."""
     features: tuple[int, ...] | None = None
     """Channels of each level, the last being the bottleneck's; by default the recipe's."""
     image_size: int = 256
@@ -129,11 +147,10 @@ def falling_adamw(learning_rate: float, steps: int) -> optax.GradientTransformat
     )
 
 
-def changes(affine: dict[str, float], colour: dict[str, float]) -> augment.Augment:
+def changes(*settings: dict[str, float]) -> augment.Augment:
     """The augmentation with these settings, see `AUGMENT`."""
-    return augment.chain(
-        partial(augment.random_affine, **affine), partial(augment.random_colour, **colour)
-    )
+    parts = zip(CHANGES, settings, strict=False)
+    return augment.chain(*(partial(change, **given) for change, given in parts))
 
 
 def make_recipe(config: Config, images: int = 1) -> Recipe:
@@ -333,7 +350,7 @@ def from_json(stored: dict[str, Any], workdir: Path) -> tuple[Config, UNet]:
         ValueError: their fields are of another version.
     """
     fields = stored["config"] | stored["free"]
-    fields |= {key: Path(fields[key]) for key in PATHS if fields.get(key)}
+    fields |= {key: Path(fields[key]) for key in (*PATHS, "init") if fields.get(key)}
     features = fields.get("features")
     fields |= {"workdir": workdir, "features": features and tuple(features)}
     try:

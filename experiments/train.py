@@ -25,6 +25,7 @@ from recipes import (
     make_recipe,
     open_sources,
     read_json,
+    restore_run,
     split_of,
     to_json,
     write_atomically,
@@ -187,14 +188,14 @@ def run(config: Config) -> int:
     ):
         begun = checkpoints.latest_step() is not None
         fingerprints = {split: data.fingerprint(source) for split, source in sources.items()}
-        check_workdir(config, fingerprints, begun)
         init_key, key = jax.random.split(jax.random.key(config.seed))
-        if begun:
+        # First, for nothing is to be written if --init cannot be used.
+        state, records = None if begun else create_state(config, init_key), []
+        check_workdir(config, fingerprints, begun)
+        if state is None:
             state, progress = checkpoint.restore(checkpoints, abstract)
             records = progress["records"]
             print(f"going on after step {int(state.step)}")
-        else:
-            state, records = create_state(config, init_key), []
         fit(config, pictures, key, state, records, checkpoints, stop)
     return stop[0] if stop else 0
 
@@ -225,10 +226,16 @@ def load_pictures(config: Config, sources: dict[str, Any]) -> Pictures:
 
 
 def create_state(config: Config, key: jax.Array) -> train.TrainState:
-    """The state of a new run."""
+    """The state of a new run.
+
+    Raises:
+        ValueError, OSError: `init` holds no run, or one of another network.
+    """
     model, tx, *_ = make_recipe(config)
     create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
     state = create(model, tx, key, (1, model.stride, model.stride, 3))
+    if config.init is not None:
+        state = train.start_from(state, tx, restore_run(config.init, "best").variables)
     # Bound to its device as a restored state is, or XLA would compile the step anew for that one.
     return jax.device_put(state, jax.devices()[0])
 

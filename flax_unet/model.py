@@ -44,6 +44,17 @@ class Dropout(nn.Module):
         return jnp.where(bits >= jnp.uint32(self.rate * 2**32), x * scale, 0)
 
 
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and mean square of each channel of each image: [B, H, W, C] to float32 [B, C] each."""
+    wide = x.astype(jnp.float32)
+    return wide.mean((1, 2)), (wide * wide).mean((1, 2))
+
+
+def _scaled(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+    """Each channel times a factor plus an offset, [B, C] or [1, C], computed in float32."""
+    return (x.astype(jnp.float32) * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation of [B, H, W, C]: Wu, He: "Group Normalization", ECCV 2018.
 
@@ -67,15 +78,47 @@ class GroupNorm(nn.Module):
             of_group = moment.reshape(b, -1, self.group_size).mean(-1)
             return of_group.repeat(self.group_size, axis=1)
 
-        wide = x.astype(jnp.float32)
-        mean, square = group_mean(wide.mean((1, 2))), group_mean((wide * wide).mean((1, 2)))
+        mean, square = map(group_mean, _moments(x))
         factor = scale[None] * jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + self.epsilon)
-        offset = bias[None] - mean * factor
-        return (wide * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
+        return _scaled(x, factor, bias[None] - mean * factor)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation of [B, H, W, C]: Ioffe, Szegedy: "Batch Normalization", ICML 2015.
+
+    In training by the mean and variance over the images, each counting by its `weight` [B]; their
+    moving averages are kept in the collection `batch_stats`, and normalise when not `train`.
+    """
+
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
+        b, _, _, c = x.shape
+        scale = self.param("scale", nn.initializers.ones, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        kept = [
+            self.variable("batch_stats", "mean", jnp.zeros, (c,)),
+            self.variable("batch_stats", "variance", jnp.ones, (c,)),
+        ]
+        if train:
+            weight = jnp.ones(b) if weight is None else weight
+            images = weight.sum()
+            share = weight[:, None] / jnp.maximum(images, jnp.finfo(jnp.float32).tiny)
+            mean, square = ((share * moment).sum(0) for moment in _moments(x))
+            variance = jnp.maximum(square - mean * mean, 0)
+            keep = jnp.where(images > 0, self.momentum, 1.0)
+            for average, now in zip(kept, (mean, variance), strict=True):
+                average.value = keep * average.value + (1 - keep) * now
+        else:
+            mean, variance = (average.value for average in kept)
+        factor = scale * jax.lax.rsqrt(variance + self.epsilon)
+        return _scaled(x, factor[None], (bias - mean * factor)[None])
 
 
 class Block(nn.Module):
-    """`convs` times 3x3 convolution, group norm (unless `group_size` is None) and ReLU.
+    """`convs` times 3x3 convolution, norm (see `UNet`) and ReLU.
 
     Dropout stands before the last convolution. A residual block adds what it was given before the
     last ReLU, through a 1x1 convolution: He et al., "Deep Residual Learning", CVPR 2016.
@@ -84,12 +127,13 @@ class Block(nn.Module):
     features: int
     convs: int
     group_size: int | None
+    batch_norm: bool
     dropout: float
     residual: bool
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None = None) -> jax.Array:
         given = x
         for i in range(self.convs):
             if i == self.convs - 1:
@@ -101,7 +145,9 @@ class Block(nn.Module):
                 kernel_init=he_normal,
                 conv_general_dilated=cpu.convolve,
             )(x)
-            if self.group_size is not None:
+            if self.batch_norm:
+                x = BatchNorm()(x, train, weight)
+            elif self.group_size is not None:
                 x = GroupNorm(self.group_size)(x)
             if self.residual and i == self.convs - 1:
                 # Of stride 1 it is the 1x1 convolution, as one product.
@@ -155,10 +201,14 @@ class UNet(nn.Module):
         convs: 3x3 convolutions a block.
         group_size: channels a group of the group norm after each convolution; 1 is instance norm,
             None no normalisation.
+        batch_norm: batch norm in place of the group norm; the variables then have `batch_stats`.
         dropout: share dropped in each level's blocks, or one share a level.
         residual: whether each block adds its input to its output.
         patch: the network works on squares of this many pixels a side, as if they were pixels of
             more channels; 1 is the plain U-Net, 2 costs a quarter of it.
+        deep: the logits are the sum of what each level of the decoder says, so that each learns
+            from the loss directly: Kayalibay, Jensen, van der Smagt: "CNN-based Segmentation of
+            Medical Imaging Data", 2017.
         dtype: type of the computation; parameters and logits are float32.
         remat: in the backward pass, compute again what is inside of the blocks.
     """
@@ -167,9 +217,11 @@ class UNet(nn.Module):
     num_classes: int = 1
     convs: int = 3
     group_size: int | None = 1
+    batch_norm: bool = False
     dropout: float | tuple[float, ...] = 0.0
     residual: bool = False
     patch: int = 1
+    deep: bool = False
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 
@@ -185,12 +237,16 @@ class UNet(nn.Module):
         return self.patch * 2 ** (len(self.features) - 1)
 
     @nn.compact
-    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, image: jax.Array, train: bool = False, weight: jax.Array | None = None
+    ) -> jax.Array:
         """Logits of an image.
 
         Args:
             image: [B, H, W, C] in [0, 1].
-            train: drop entries; needs `rngs={"dropout": key}`.
+            train: drop entries, which needs `rngs={"dropout": key}`; normalise by the batch, which
+                needs `mutable=["batch_stats"]`.
+            weight: [B], 0 for an image that must not enter the batch's statistics.
 
         Returns:
             Logits, float32 [B, H, W, num_classes].
@@ -223,21 +279,28 @@ class UNet(nn.Module):
 
         def block(level: int, name: str) -> nn.Module:
             width, rate = self.features[level], rates[level]
-            return make(width, self.convs, size, rate, self.residual, self.dtype, name=name)
+            settings = self.convs, size, self.batch_norm, rate, self.residual, self.dtype
+            return make(width, *settings, name=name)
+
+        def head(level: int, name: str) -> nn.Module:
+            return Upsample(self.num_classes, self.patch * 2**level, jnp.float32, name=name)
 
         *outer, bottleneck = range(levels)
         x = patches(image.astype(self.dtype), self.patch)
         skips = []
         for level in outer:
-            x = block(level, f"down{level}")(x, train)
+            x = block(level, f"down{level}")(x, train, weight)
             skips.append(x)
             x = max_pool(x)
-        x = block(bottleneck, "bottleneck")(x, train)
+        x = block(bottleneck, "bottleneck")(x, train, weight)
+        deeper = []
         for level in reversed(outer):
             x = Upsample(self.features[level], 2, self.dtype, name=f"upsample{level}")(x)
-            x = block(level, f"up{level}")(jnp.concatenate([x, skips[level]], axis=-1), train)
-        head = Upsample(self.num_classes, self.patch, jnp.float32, name="head")
-        return head(x)
+            x = jnp.concatenate([x, skips[level]], axis=-1)
+            x = block(level, f"up{level}")(x, train, weight)
+            if self.deep and level:
+                deeper.append(head(level, f"head{level}")(x))
+        return sum(deeper, head(0, "head")(x))
 
 
 #: The tutorial's network: 11,707,729 parameters, with Keras' initial distributions.

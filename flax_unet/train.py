@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_unet import metrics
@@ -99,6 +100,38 @@ def create_train_state(
     return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
 
 
+def start_from(state: TrainState, tx: optax.GradientTransformation, variables: Any) -> TrainState:
+    """A state before the first step with given variables, of the same model or one much like it.
+
+    A head for another number of classes stays as it was: modules named `head` and so on, whose
+    arrays differ in their last axis alone.
+
+    Args:
+        state: from `create_train_state`.
+        tx: the optimizer; its state begins anew.
+        variables: `params` and what else the model keeps, such as another state's `variables`.
+
+    Raises:
+        ValueError: other arrays are missing, too many or of another shape; all are named.
+    """
+    mine = flatten_dict({"params": state.params, **state.model_state}, sep="/")
+    given = flatten_dict(dict(variables), sep="/")
+    wrong = [f"{name} is missing" for name in mine.keys() - given.keys()]
+    wrong += [f"{name} is not in the model" for name in given.keys() - mine.keys()]
+    for name in mine.keys() & given.keys():
+        old, new = mine[name].shape, given[name].shape
+        if old != new and name.startswith("params/head") and old[:-1] == new[:-1]:
+            given[name] = mine[name]
+        elif old != new:
+            wrong.append(f"{name} has shape {new} instead of {old}")
+    if wrong:
+        raise ValueError("the given variables are not this model's: " + ", ".join(sorted(wrong)))
+    # Copies, for the state is donated whole.
+    both = jax.tree.map(lambda x: jnp.array(x, x.dtype), unflatten_dict(given, sep="/"))
+    params = both.pop("params")
+    return TrainState(jnp.zeros((), jnp.int32), params, both, tx.init(params))
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -116,7 +149,9 @@ def train_step(
         state: the state; its `step` picks the randomness, so step n is the same after a restart.
         batch: `image`, `mask` and `weight`, see above.
         key: the run's PRNG key, the same for every step.
-        model: called as `model.apply(variables, image, train=True, rngs={"dropout": key})`.
+        model: called as `model.apply(variables, image, train=True, rngs={"dropout": key})`; one
+            that keeps more than parameters with `weight=weight` too, to leave out of its batch
+            statistics what only fills the batch.
         tx: the optimizer.
         loss_fn: (logits, labels) to a loss an image, [B].
         augment: (key, image, mask) to (image, mask).
@@ -151,6 +186,7 @@ def train_step(
             train=True,
             rngs={"dropout": key},
             mutable=list(model_state),
+            **({"weight": part_weight} if model_state else {}),
         )
         loss = loss_fn(logits, labels)
         _check_loss(loss, part_weight)

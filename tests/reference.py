@@ -45,6 +45,14 @@ def group_norm(x, size, scale, bias, epsilon=1e-6):
     return y * np.asarray(scale, np.float64) + np.asarray(bias, np.float64)
 
 
+def batch_norm(x, real, scale, bias, epsilon=1e-5):
+    """Mean and variance of each channel over the real images, and all images normalised by them."""
+    x = np.asarray(x, np.float64)
+    mean, variance = x[real].mean((0, 1, 2)), x[real].var((0, 1, 2))
+    y = (x - mean) / np.sqrt(variance + epsilon)
+    return mean, variance, y * np.asarray(scale, np.float64) + np.asarray(bias, np.float64)
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
 

@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 import reference
 
-from flax_unet.model import ARTICLE, Block, Dropout, GroupNorm, UNet, Upsample, max_pool, patches
+from flax_unet.model import (
+    ARTICLE,
+    BatchNorm,
+    Block,
+    Dropout,
+    GroupNorm,
+    UNet,
+    Upsample,
+    max_pool,
+    patches,
+)
 
 SMALL = UNet(features=(4, 8, 12), group_size=2)
 
@@ -29,7 +39,7 @@ def test_the_article_has_its_number_of_parameters():
 
 def test_a_block_is_convolutions_and_relu():
     x = normal(0, 2, 5, 6, 3)
-    block = Block(4, 2, None, dropout=0.0, residual=False, dtype=jnp.float32)
+    block = Block(4, 2, None, batch_norm=False, dropout=0.0, residual=False, dtype=jnp.float32)
     variables = block.init(jax.random.key(1), x, False)
     expected = x
     for i in range(2):
@@ -41,7 +51,9 @@ def test_a_block_is_convolutions_and_relu():
 
 def test_a_block_with_norm_is_convolution_norm_relu():
     x = normal(0, 2, 5, 6, 3)
-    block = Block(4, 1, group_size=2, dropout=0.0, residual=False, dtype=jnp.float32)
+    block = Block(
+        4, 1, group_size=2, batch_norm=False, dropout=0.0, residual=False, dtype=jnp.float32
+    )
     variables = block.init(jax.random.key(1), x, False)
     conv, norm = variables["params"]["Conv_0"], variables["params"]["GroupNorm_0"]
     norm["scale"], norm["bias"] = normal(2, 4), normal(3, 4)
@@ -68,9 +80,92 @@ def test_group_norm_equals_the_reference_and_flax_with_its_gradient(size):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def batch_norm(x, weight=None, **variables):
+    """The module's result in training, and the statistics after it."""
+    return BatchNorm().apply(variables, x, True, weight, mutable=["batch_stats"])
+
+
+def test_batch_norm_equals_the_reference_and_flax_with_its_gradient():
+    x, scale, bias, kept, spread = map(
+        np.asarray, (3 * normal(0, 4, 6, 5, 7) + 1, *(normal(seed, 7) for seed in range(1, 5)))
+    )
+    params, weight = {"scale": scale, "bias": bias}, jnp.array([1.0, 0.0, 1.0, 1.0])
+    stats = {"mean": kept, "variance": 1 + spread**2}
+    y, after = batch_norm(x, weight, params=params, batch_stats=stats)
+    mean, variance, expected = reference.batch_norm(x, np.asarray(weight) > 0, scale, bias)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    for name, now in {"mean": mean, "variance": variance}.items():
+        moved = 0.99 * stats[name] + 0.01 * now
+        np.testing.assert_allclose(after["batch_stats"][name], moved, rtol=1e-5, atol=1e-6)
+    # Otherwise it normalises by what it kept, whatever the batch.
+    y = BatchNorm().apply({"params": params, "batch_stats": stats}, x, False, None)
+    expected = (x - stats["mean"]) / np.sqrt(stats["variance"] + 1e-5) * scale + bias
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+    def ours(params, x):
+        y, _ = batch_norm(x, weight, params=params)
+        return (weight[:, None, None, None] * jnp.sin(y)).sum()
+
+    def flaxs(params, x):
+        norm = nn.BatchNorm(use_running_average=False)
+        return jnp.sin(norm.apply({"params": params}, x, mutable=["batch_stats"])[0]).sum()
+
+    real = np.array([0, 2, 3])
+    mine = jax.grad(ours, argnums=(0, 1))(params, x)
+    with jax.numpy_rank_promotion("allow"):
+        expected = jax.grad(flaxs, argnums=(0, 1))(params, x[real])
+    np.testing.assert_allclose(mine[1][real], expected[1], rtol=1e-3, atol=1e-4)
+    assert not mine[1][1].any()
+    for name in params:
+        np.testing.assert_allclose(mine[0][name], expected[0][name], rtol=1e-3, atol=1e-4)
+
+
+def test_batch_norm_of_no_real_image_keeps_its_statistics():
+    x, stats = normal(0, 2, 4, 4, 3), {"mean": jnp.ones(3), "variance": jnp.full(3, 2.0)}
+    params = {"scale": jnp.ones(3), "bias": jnp.zeros(3)}
+    y, after = batch_norm(x, jnp.zeros(2), params=params, batch_stats=stats)
+    assert jnp.isfinite(y).all()
+    for name, value in stats.items():
+        np.testing.assert_array_equal(after["batch_stats"][name], value)
+
+
+def test_the_batch_norm_of_a_network_is_that_of_each_block():
+    model = SMALL.clone(features=(4, 8), group_size=None, batch_norm=True, convs=1)
+    x, weight = jax.nn.sigmoid(normal(0, 3, 8, 8, 3)), jnp.array([1.0, 1.0, 0.0])
+    variables = init(model, x)
+    assert set(variables["batch_stats"]) == {"down0", "bottleneck", "up0"}
+
+    def run(x, weight):
+        return model.apply(variables, x, train=True, weight=weight, mutable=["batch_stats"])
+
+    logits, after = run(x, weight)
+    expected, two = run(x[:2], None)
+    np.testing.assert_allclose(logits[:2], expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (after, two)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    # Outside of training, one image does not see another.
+    alone, among = model.apply(variables, x[1:2]), model.apply(variables, x)[1:2]
+    np.testing.assert_allclose(alone, among, rtol=1e-5, atol=1e-5)
+
+
+def test_the_logits_of_a_deep_network_are_the_sum_of_its_levels():
+    model = SMALL.clone(deep=True, patch=2)
+    x = jax.nn.sigmoid(normal(0, 1, 16, 8, 3))
+    variables = init(model, x)
+    params = variables["params"]
+    assert params["head1"]["kernel"].shape == (4, 4, 8, 1) and "head2" not in params
+    for seed, name in enumerate(("head", "head1")):
+        params[name]["bias"] = normal(seed, 1)
+    logits, seen = model.apply(variables, x, capture_intermediates=True)
+    levels = seen["intermediates"]
+    expected = reference.upsample(levels["up0"]["__call__"][0], **params["head"])
+    expected += reference.upsample(levels["up1"]["__call__"][0], **params["head1"])
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_residual_block_adds_its_input_before_the_last_relu():
     x = normal(0, 2, 5, 6, 3)
-    block = Block(4, 2, None, dropout=0.0, residual=True, dtype=jnp.float32)
+    block = Block(4, 2, None, batch_norm=False, dropout=0.0, residual=True, dtype=jnp.float32)
     variables = block.init(jax.random.key(1), x, False)
     first, second, shortcut = (
         variables["params"][name] for name in ("Conv_0", "Conv_1", "shortcut")
@@ -166,7 +261,7 @@ def test_dropout_is_the_same_alone_and_under_vmap():
 
 def test_dropout_stands_before_the_last_convolution_and_only_in_training():
     x = normal(0, 1, 8, 8, 3)
-    block = Block(4, 3, None, dropout=0.5, residual=False, dtype=jnp.float32)
+    block = Block(4, 3, None, batch_norm=False, dropout=0.5, residual=False, dtype=jnp.float32)
     variables = block.init(jax.random.key(1), x, False)
 
     def run(train):

@@ -528,8 +528,30 @@ def test_each_row_of_the_ablation_changes_one_thing(tmp_path):
     for row in ablate.ROWS.values():
         pairs = zip(recipe._fields, recipe, row(recipe, 1e-3), strict=True)
         changed.append([field for field, before, after in pairs if before is not after])
-    augment = ["augment"]
-    assert changed == [[], augment, augment, augment, ["loss_fn"], ["model"], ["tx"]]
+    augment, model = ["augment"], ["model"]
+    assert changed == [[], augment, augment, ["loss_fn"], model, model, ["tx"]]
+
+
+def test_a_run_starts_from_the_parameters_of_another(undisturbed, folders, tmp_path, capsys):
+    first, begun = tmp_path / "first", tmp_path / "begun"
+    shutil.copytree(undisturbed[0], first)
+    given = restore_run(first, "best").variables
+    settings = {"init": first, "learning_rate": 1e-30}  # it moves no parameter
+    assert train.main(arguments(folders, begun, epochs=1, **settings)) == 0
+    found = restore_run(begun, "latest").variables
+    for a, b in zip(*map(jax.tree.leaves, (given, found)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    shutil.rmtree(first)  # it is not needed to go on
+    assert train.main(arguments(folders, begun, epochs=2, **settings)) == 0
+    assert len(lines(begun)) == 2
+    capsys.readouterr()
+    for changes, words in [
+        ({"init": first}, "there is no run in this workdir"),
+        ({"init": undisturbed[0], "recipe": "strong"}, "params/down0/Conv_2/bias is not in the"),
+    ]:
+        assert train.main(arguments(folders, tmp_path / "other", **changes)) == 1
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "other" / "config.json").exists()
 
 
 def test_no_picture_is_written_over(undisturbed, tmp_path, capsys):

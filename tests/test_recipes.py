@@ -54,10 +54,15 @@ def test_config_json_holds_what_the_augmentation_is_given(tmp_path):
     image = jax.random.bits(jax.random.key(0), (2, 64, 64, 3), jnp.uint8)
     for name in ("unet", "strong"):
         config = Config(tmp_path, recipe=name)
-        affine, colour = recipes.to_json(config, {})["training"]["augment"]
-        key, mask = jax.random.key(1), image[..., :1] % 2
-        expected = augment.random_affine(jax.random.fold_in(key, 0), image, mask, **affine)
-        expected = augment.random_colour(jax.random.fold_in(key, 1), *expected, **colour)
+        key, expected = jax.random.key(1), (image, image[..., :1] % 2)
+        given = iter(recipes.to_json(config, {})["training"]["augment"])
+        expected = augment.random_affine(jax.random.fold_in(key, 0), *expected, **next(given))
+        expected = augment.random_colour(jax.random.fold_in(key, 1), *expected, **next(given))
+        if name == "strong":
+            expected = augment.random_blur(jax.random.fold_in(key, 2), *expected, **next(given))
+            expected = augment.random_noise(jax.random.fold_in(key, 3), *expected, **next(given))
+        assert not list(given)
+        mask = image[..., :1] % 2
         for a, b in zip(make_recipe(config).augment(key, image, mask), expected, strict=True):
             np.testing.assert_array_equal(a, b)
 

@@ -98,6 +98,58 @@ def test_images_of_weight_zero_change_nothing():
     assert_close(figures["confusion"], [count[:3] for count in filled["confusion"]])
 
 
+def test_images_of_weight_zero_do_not_enter_the_batch_statistics():
+    model = STILL.clone(batch_norm=True)
+    small, other = make_batch(3), make_batch(5, seed=9)
+    large = {k: np.concatenate([small[k], other[k]]) for k in small}
+    large["weight"][3:] = 0
+    key, step = jax.random.key(1), make_step(model)
+    a, figures = step(make_state(model), small, key)
+    b, filled = step(make_state(model), large, key)
+    assert_close(a.model_state, b.model_state, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(figures["loss"], filled["loss"], rtol=1e-5)
+    assert_close(a.params, b.params, rtol=1e-4, atol=2e-5)
+    assert_close(figures["confusion"], [count[:3] for count in filled["confusion"]])
+    large["weight"][3:] = 1
+    c, _ = step(make_state(model), large, key)
+    stats = [jax.tree.leaves(state.model_state)[0] for state in (b, c)]
+    assert not np.allclose(*stats, rtol=1e-3)
+
+
+def test_a_state_starts_from_the_variables_of_another():
+    model = STILL.clone(batch_norm=True, deep=True, features=(4, 4, 8))
+    tx = optax.chain(TX, train.average_params(0.9))
+    state = make_state(model, tx)
+    before, _ = make_step(model, tx)(state, make_batch(), jax.random.key(1))
+    given = jax.device_get(before.variables)
+    begun = train.start_from(make_state(model, tx), tx, before.variables)
+    assert_close(begun.variables, given, rtol=0, atol=0)  # the average begins there too
+    assert_close(begun.params, given["params"], rtol=0, atol=0)
+    assert int(begun.step) == 0 and not jax.tree.leaves(begun.opt_state[0])[1].any()
+    make_step(model, tx)(begun, make_batch(), jax.random.key(1))  # donates its own copies
+    assert_close(before.variables, given, rtol=0, atol=0)
+    # Another number of classes: the heads stay, the rest is given.
+    more = model.clone(num_classes=3)
+    fresh = make_state(more, tx)
+    begun = train.start_from(fresh, tx, given)
+    for name, part in begun.params.items():
+        expected = fresh.params if name.startswith("head") else given["params"]
+        assert_close(part, expected[name], rtol=0, atol=0)
+
+
+def test_variables_of_another_model_are_refused_by_name():
+    state, given = make_state(STILL), make_state(STILL).variables
+    del given["params"]["down0"]["Conv_0"]["bias"]
+    given["params"]["extra"] = {"kernel": jnp.zeros(1)}
+    given["params"]["head"]["kernel"] = jnp.zeros((1, 1, 5, 1))
+    words = (
+        r"params/down0/Conv_0/bias is missing, params/extra/kernel is not in the model, "
+        r"params/head/kernel has shape \(1, 1, 5, 1\) instead of \(1, 1, 4, 1\)"
+    )
+    with pytest.raises(ValueError, match=words):
+        train.start_from(state, TX, given)
+
+
 def test_randomness_follows_the_step_and_the_key():
     batch = make_batch()
     frozen = optax.sgd(0.0)  # the parameters stay, so only the randomness can move the loss
@@ -249,7 +301,7 @@ def test_batch_statistics_would_travel_in_the_state():
 
     class Normed(nn.Module):
         @nn.compact
-        def __call__(self, x, train=False):
+        def __call__(self, x, train=False, weight=None):
             x = nn.Conv(1, (1, 1))(x)
             seen = self.variable("batch_stats", "mean", lambda: jnp.zeros(()))
             if train:
