@@ -182,7 +182,18 @@ class Upsample(nn.Module):
 def max_pool(x: jax.Array) -> jax.Array:
     """The largest of each 2x2 window: [B, 2H, 2W, C] to [B, H, W, C]."""
     b, h, w, c = x.shape
-    return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
+    x = x.reshape(b, h // 2, 2, w // 2, 2, c)
+    x = _larger(x[:, :, 0], x[:, :, 1])
+    return _larger(x[:, :, :, 0], x[:, :, :, 1])
+
+
+def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The larger of two numbers, whose gradient goes to one of them.
+
+    That of `jnp.max` goes to those that equal the result, and to none where XLA computes them a
+    second time and rounds otherwise, as it does on jax 0.7.
+    """
+    return jnp.where(a > b, a, b)
 
 
 def patches(x: jax.Array, size: int) -> jax.Array:

@@ -221,6 +221,17 @@ def test_max_pool_takes_the_largest_of_four():
             np.testing.assert_array_equal(y[:, i, j], window.max((1, 2)))
 
 
+def test_the_gradient_of_a_window_goes_to_one_of_its_largest_whole():
+    x = jnp.array([[1.0, 2.0, 5.0, 5.0], [0.0, 2.0, 3.0, 5.0]])[None, :, :, None]
+    y, pull = jax.vjp(max_pool, x)
+    assert y[0, 0, :, 0].tolist() == [2, 5]
+    (gradient,) = pull(jnp.array([3.0, 7.0])[None, None, :, None])
+    windows = np.asarray(gradient)[0, :, :, 0].reshape(2, 2, 2).transpose(1, 0, 2).reshape(2, 4)
+    places = np.asarray(x)[0, :, :, 0].reshape(2, 2, 2).transpose(1, 0, 2).reshape(2, 4)
+    assert (windows != 0).sum(1).tolist() == [1, 1] and windows.sum(1).tolist() == [3, 7]
+    assert (places[windows != 0] == [2, 5]).all()
+
+
 def test_dropout_drops_its_share_and_keeps_the_mean():
     x = jnp.ones((1000, 1000))
     y = Dropout(0.3).apply({}, x, True, rngs={"dropout": jax.random.key(0)})
