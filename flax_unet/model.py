@@ -222,6 +222,10 @@ class UNet(nn.Module):
             Medical Imaging Data", 2017.
         dtype: type of the computation; parameters and logits are float32.
         remat: in the backward pass, compute again what is inside of the blocks.
+        encoder: a module in place of the descending blocks, such as an
+            `flax_unet.efficientnet.Encoder`; called with (image, train, weight) it gives maps that
+            halve from one to the next, the first at 1/`patch` of the image's size. `features` are
+            then the channels of the decoder, one less than there are maps.
     """
 
     features: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
@@ -235,6 +239,7 @@ class UNet(nn.Module):
     deep: bool = False
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    encoder: nn.Module | None = None
 
     def __post_init__(self):
         for name in ("features", "dropout"):  # a list would make the module unhashable
@@ -245,7 +250,7 @@ class UNet(nn.Module):
     @property
     def stride(self) -> int:
         """Height and width of an image must be multiples of this."""
-        return self.patch * 2 ** (len(self.features) - 1)
+        return self.patch * 2 ** (len(self.features) - (self.encoder is None))
 
     @nn.compact
     def __call__(
@@ -296,16 +301,23 @@ class UNet(nn.Module):
         def head(level: int, name: str) -> nn.Module:
             return Upsample(self.num_classes, self.patch * 2**level, jnp.float32, name=name)
 
-        *outer, bottleneck = range(levels)
-        x = patches(image.astype(self.dtype), self.patch)
-        skips = []
-        for level in outer:
-            x = block(level, f"down{level}")(x, train, weight)
-            skips.append(x)
-            x = max_pool(x)
-        x = block(bottleneck, "bottleneck")(x, train, weight)
+        if self.encoder is None:
+            *outer, bottleneck = range(levels)
+            x = patches(image.astype(self.dtype), self.patch)
+            skips = []
+            for level in outer:
+                x = block(level, f"down{level}")(x, train, weight)
+                skips.append(x)
+                x = max_pool(x)
+            x = block(bottleneck, "bottleneck")(x, train, weight)
+        else:
+            *skips, x = self.encoder(image, train, weight)
+            if len(skips) != levels:
+                raise ValueError(
+                    f"features is {self.features}: this encoder's maps need {len(skips)} numbers"
+                )
         deeper = []
-        for level in reversed(outer):
+        for level in reversed(range(len(skips))):
             x = Upsample(self.features[level], 2, self.dtype, name=f"upsample{level}")(x)
             x = jnp.concatenate([x, skips[level]], axis=-1)
             x = block(level, f"up{level}")(x, train, weight)

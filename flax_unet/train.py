@@ -7,7 +7,7 @@ A batch is a dict: `image` [B, H, W, 3], uint8 or float in [0, 1]; `mask` [B, H,
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -114,8 +114,12 @@ def start_from(state: TrainState, tx: optax.GradientTransformation, variables: A
     Raises:
         ValueError: other arrays are missing, too many or of another shape; all are named.
     """
-    mine = flatten_dict({"params": state.params, **state.model_state}, sep="/")
-    given = flatten_dict(dict(variables), sep="/")
+
+    def by_name(tree: Any) -> dict[str, Any]:
+        return cast(dict[str, Any], flatten_dict(tree, sep="/"))
+
+    mine = by_name({"params": state.params, **state.model_state})
+    given = by_name(dict(variables))
     wrong = [f"{name} is missing" for name in mine.keys() - given.keys()]
     wrong += [f"{name} is not in the model" for name in given.keys() - mine.keys()]
     for name in mine.keys() & given.keys():

@@ -18,6 +18,25 @@ def conv3x3(x, kernel, bias):
     return y + np.asarray(bias, np.float64)
 
 
+def depthwise(x, kernel, stride):
+    """'Same' convolution of each channel alone: [B, H, W, C], [K, K, 1, C] to [B, H/s, W/s, C].
+
+    As TensorFlow pads: where their number is odd, one pixel more below and to the right.
+    """
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    (b, h, w, c), size = x.shape, len(kernel)
+    before = (size - stride) // 2
+    y = np.zeros((b, h // stride, w // stride, c))
+    for i in range(h // stride):
+        for j in range(w // stride):
+            for u in range(size):
+                for v in range(size):
+                    row, column = stride * i + u - before, stride * j + v - before
+                    if 0 <= row < h and 0 <= column < w:
+                        y[:, i, j] += x[:, row, column] * kernel[u, v, 0]
+    return y
+
+
 def upsample(x, kernel, bias):
     """Transposed convolution, kernel and stride s: each pixel paints a square of its own."""
     x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)

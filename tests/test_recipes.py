@@ -3,9 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
+import train
 from recipes import Config, make_recipe
 
-from flax_unet import augment, losses
+from flax_unet import augment, efficientnet, losses
+from flax_unet.efficientnet import Encoder
 from flax_unet.model import ARTICLE, UNet
 
 
@@ -48,6 +50,35 @@ def test_the_strong_recipe_is_small_enough_to_ship(tmp_path):
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     assert sum(x.size for x in jax.tree.leaves(variables)) < 9e6
     assert loss_fn is losses.bce_soft_dice and change is not None
+
+
+def test_the_pretrained_recipe_begins_with_the_weights_of_imagenet(tmp_path):
+    config = Config(tmp_path, recipe="pretrained", encoder="lite2")
+    recipe = make_recipe(config)
+    assert recipe.model.encoder == Encoder("lite2") and recipe.model.stride == 32
+    assert recipe.loss_fn is losses.bce_soft_dice and recipe.augment is not None
+    state = train.create_state(config, jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(state.params)) < 9e6
+    given = efficientnet.imagenet("lite2")
+    for variables in (state.variables, {"params": state.params, **state.model_state}):
+        for kind in ("params", "batch_stats"):
+            pairs = map(jax.tree.leaves, (variables[kind]["encoder"], given[kind]))
+            assert all((a == b).all() for a, b in zip(*pairs, strict=True))
+
+
+def test_an_encoder_moves_by_its_share():
+    tx = recipes.falling_adamw(1e-2, 100, recipes.slow_encoder(0.3))
+    falling = recipes.falling_adamw(1e-2, 100)
+    params = {"encoder": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.ones((2, 2))}}
+    slow, plain = tx.init(params), falling.init(params)
+    for _ in range(3):
+        gradients = jax.tree.map(jnp.ones_like, params)
+        ours, slow = tx.update(gradients, slow, params)
+        theirs, plain = falling.update(gradients, plain, params)
+    np.testing.assert_array_equal(ours["head"]["kernel"], theirs["head"]["kernel"])
+    expected = 0.3 * theirs["encoder"]["kernel"]
+    np.testing.assert_allclose(ours["encoder"]["kernel"], expected, rtol=1e-6)
+    assert expected.all()
 
 
 def test_config_json_holds_what_the_augmentation_is_given(tmp_path):
@@ -97,7 +128,7 @@ def test_the_type_of_the_computation_is_the_models(tmp_path):
 
 
 def test_config_json_gives_back_the_configuration_and_the_network(tmp_path):
-    for recipe in ("unet", "strong", "article"):
+    for recipe in ("unet", "strong", "pretrained", "article"):
         config = Config(tmp_path, recipe=recipe, features=(4, 8), dtype="bfloat16")
         stored = recipes.to_json(config, {"train": "0" * 64})
         assert recipes.from_json(stored, tmp_path) == (config, make_recipe(config).model)
