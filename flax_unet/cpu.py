@@ -3,7 +3,7 @@
 Measured in docs/benchmarks.md; on other backends nothing here changes anything.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -65,7 +65,6 @@ def depthwise(image: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     H and W are multiples of the stride. XLA's grouped convolution takes 10 to 40 times as long on a
     CPU as the sum of the shifted products.
     """
-    size = len(kernel)
     if jax.default_backend() != "cpu":
         return jax.lax.conv_general_dilated(
             image,
@@ -75,12 +74,41 @@ def depthwise(image: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=image.shape[-1],
         )
+    return _sum_of_shifts(image, kernel, stride)
+
+
+def _shifts(image: jax.Array, size: int, stride: int) -> list[jax.Array]:
+    """What each tap of a 'same' convolution sees, size x size arrays [B, H/s, W/s, C]."""
     _, h, w, _ = image.shape
     pads = (size - stride) // 2, size - stride - (size - stride) // 2
     wide = jnp.pad(image, ((0, 0), pads, pads, (0, 0)))
-    taps = [
-        wide[:, u : u + h : stride, v : v + w : stride] * kernel[u, v][None, None]
-        for u in range(size)
-        for v in range(size)
-    ]
-    return sum(taps[1:], taps[0])
+    taps = [(u, v) for u in range(size) for v in range(size)]
+    return [wide[:, u : u + h : stride, v : v + w : stride] for u, v in taps]
+
+
+def _plain_sum(image: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    taps = kernel.reshape(-1, 1, 1, kernel.shape[-1])
+    shifts = _shifts(image, len(kernel), stride)
+    first, *rest = (x * tap[None] for x, tap in zip(shifts, taps, strict=True))
+    return sum(rest, first)
+
+
+_sum_of_shifts = jax.custom_vjp(_plain_sum, nondiff_argnums=(2,))
+
+
+def _forward(image: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, Any]:
+    return _plain_sum(image, kernel, stride), (image, kernel)
+
+
+def _backward(stride: int, kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """All taps of the kernel's gradient in one pass: five times as quick as one after the other."""
+    image, kernel = kept
+    _, pull = jax.vjp(lambda image: _plain_sum(image, kernel, stride), image)
+    wide = gradient.astype(jnp.float32)
+    products = [wide * x for x in _shifts(image, len(kernel), stride)]
+    nothing = [jnp.zeros((), jnp.float32)] * len(products)
+    sums = jax.lax.reduce(products, nothing, partial(jax.tree.map, jnp.add), (0, 1, 2))
+    return *pull(gradient), jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
+
+
+_sum_of_shifts.defvjp(_forward, _backward)
