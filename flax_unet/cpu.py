@@ -59,6 +59,24 @@ def _convolve_pairs(image: jax.Array, kernel: jax.Array) -> jax.Array:
     return result.reshape(b, h, w, -1)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def sums(arrays: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
+    """The sums of float32 arrays of one shape over axes.
+
+    On a CPU in one pass, where XLA makes one for each array: 2 to 5 times as quick for products
+    that are computed on the way.
+    """
+    if jax.default_backend() != "cpu":
+        return [x.sum(axes) for x in arrays]
+    nothing = [jnp.zeros((), jnp.float32)] * len(arrays)
+    return list(jax.lax.reduce(arrays, nothing, partial(jax.tree.map, jnp.add), axes))
+
+
+@sums.defjvp
+def _(axes: tuple[int, ...], arrays: Any, tangents: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    return sums(arrays[0], axes), [x.sum(axes) for x in tangents[0]]
+
+
 def depthwise(image: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """The 'same' convolution of each channel alone: [B, H, W, C], [K, K, 1, C] to [B, H/s, W/s, C].
 
@@ -101,14 +119,11 @@ def _forward(image: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Arra
 
 
 def _backward(stride: int, kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """All taps of the kernel's gradient in one pass: five times as quick as one after the other."""
     image, kernel = kept
     _, pull = jax.vjp(lambda image: _plain_sum(image, kernel, stride), image)
-    wide = gradient.astype(jnp.float32)
-    products = [wide * x for x in _shifts(image, len(kernel), stride)]
-    nothing = [jnp.zeros((), jnp.float32)] * len(products)
-    sums = jax.lax.reduce(products, nothing, partial(jax.tree.map, jnp.add), (0, 1, 2))
-    return *pull(gradient), jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
+    products = [gradient.astype(jnp.float32) * x for x in _shifts(image, len(kernel), stride)]
+    taps = jnp.stack(sums(products, (0, 1, 2)))
+    return *pull(gradient), taps.reshape(kernel.shape).astype(kernel.dtype)
 
 
 _sum_of_shifts.defvjp(_forward, _backward)
