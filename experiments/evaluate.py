@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -33,8 +33,10 @@ from flax_unet import boundary, data, draw, metrics, predict
 class Options:
     """Score the model of a workdir on a split of its data set, or on pictures in two folders."""
 
-    workdir: Path
-    """Folder of the run."""
+    workdir: Annotated[Path, tyro.conf.arg(aliases=["--model"])]
+    """Folder of the run, or of an exported model."""
+    out: Path | None = None
+    """Folder for the report; by default the workdir."""
     split: Literal["train", "validation", "test"] = "test"
     """Split of the data set that the run was trained on."""
     checkpoint: Literal["best", "latest"] | None = None
@@ -189,7 +191,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def run(options: Options) -> None:
-    """Score, print a table, write evaluation-WHAT.json and .png to the workdir."""
+    """Score, print a table, write evaluation-WHAT.json and .png."""
     on_validation = options.images is None and options.split == "validation"
     which = options.checkpoint or ("latest" if on_validation else "best")
     config, model, variables, step, fingerprints = restore_run(options.workdir, which)
@@ -237,10 +239,12 @@ def run(options: Options) -> None:
 
     stem = f"evaluation-{what}" + ("" if which == "best" else f"-{which}")
     stem += "-flips" if options.flips else ""
-    write_atomically(options.workdir / f"{stem}.json", json.dumps(report, indent=2) + "\n")
-    draw_panels(options.workdir / f"{stem}.png", model, variables, arrays, chosen)
-    draw.save_reliability(options.workdir / f"{stem}-reliability.png", reliability)
-    print(f"written: {options.workdir / stem}.json, .png and -reliability.png")
+    out = options.out or options.workdir
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / f"{stem}.json", json.dumps(report, indent=2) + "\n")
+    draw_panels(out / f"{stem}.png", model, variables, arrays, chosen)
+    draw.save_reliability(out / f"{stem}-reliability.png", reliability)
+    print(f"written: {out / stem}.json, .png and -reliability.png")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -18,12 +18,12 @@ from flax_unet import data, draw, predict
 class Options:
     """Write NAME-mask.png (0 and 255) and NAME-overlay.png for each picture, at its own size."""
 
-    workdir: Path
-    """Folder of the run whose model is used."""
-    out: Path
-    """Folder for the results."""
+    workdir: Annotated[Path, tyro.conf.arg(aliases=["--model"])]
+    """Folder of the run whose model is used, or of an exported model."""
     inputs: tyro.conf.Positional[tuple[Path, ...]]
     """Pictures, and folders of them."""
+    out: Path = Path("predictions")
+    """Folder for the results."""
     checkpoint: Literal["best", "latest"] = "best"
     """best by validation Dice."""
     threshold: float = 0.5

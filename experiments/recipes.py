@@ -1,7 +1,6 @@
 """What a run is: its configuration, the recipe and data that follow from it, its config.json."""
 
 import contextlib
-import dataclasses
 import glob
 import hashlib
 import json
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flax_unet import augment, checkpoint, data, draw, losses, predict, train
+from flax_unet import augment, checkpoint, data, draw, losses, pack, predict, train
 from flax_unet.efficientnet import Encoder
 from flax_unet.model import ARTICLE, UNet
 
@@ -68,8 +67,6 @@ AUGMENT = {
     ),
 }
 AUGMENT["pretrained"] = AUGMENT["strong"]
-#: Attributes of a `UNet` that determine what it computes, each JSON.
-MODEL = {f.name for f in dataclasses.fields(UNet)} - {"parent", "name", "remat", "encoder"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,8 @@ class Config:
     data_dir: Path | None = None
     """Where TFDS keeps prepared datasets; by default ~/tensorflow_datasets."""
     init: Path | None = None
-    """Workdir of a run of the same network, whose best parameters are the initial ones."""
+    """Workdir of a run of the same network, or an exported model, whose best parameters are the
+    initial ones."""
     features: tuple[int, ...] | None = None
     """Channels of each level, the last being the bottleneck's, or the four of pretrained's decoder;
     by default the recipe's."""
@@ -339,7 +337,6 @@ def to_json(config: Config, fingerprints: dict[str, str]) -> dict[str, Any]:
             versions[name] = metadata.version(name)
     device, (model, _, loss_fn, _) = jax.devices()[0], make_recipe(config)
     fields["features"] = model.features
-    settings = {name: getattr(model, name) for name in sorted(MODEL)}
     training = {"loss": loss_fn.__name__, "augment": AUGMENT.get(config.recipe)}
     if config.recipe in FALLING:
         training |= {"optimizer": ADAMW, "epochs": config.epochs}  # over which the rate falls
@@ -348,7 +345,7 @@ def to_json(config: Config, fingerprints: dict[str, str]) -> dict[str, Any]:
     stored = {
         "config": fields,
         # What the recipe's name stands for today.
-        "model": settings | {"dtype": config.dtype, "encoder": model.encoder and config.encoder},
+        "model": pack.describe(model),
         "training": training,
         "data": fingerprints,
         "free": free,
@@ -372,8 +369,7 @@ def read_json(workdir: Path) -> dict[str, Any]:
         stored = json.loads(file.read_text())
         if {*DETERMINES, "free", "device", "versions"} <= stored.keys():
             # A network of before there was an attribute is the plain one.
-            for name in {*MODEL, "encoder"} - stored["model"].keys():
-                stored["model"][name] = getattr(UNet, name)
+            stored["model"] = pack.describe(UNet()) | stored["model"]
             return stored
     except (ValueError, AttributeError):
         pass
@@ -391,10 +387,8 @@ def from_json(stored: dict[str, Any], workdir: Path) -> tuple[Config, UNet]:
     features = fields.get("features")
     fields |= {"workdir": workdir, "features": features and tuple(features)}
     try:
-        dtype, variant = jnp.dtype(stored["model"]["dtype"]), stored["model"]["encoder"]
-        encoder = variant and Encoder(variant, dtype=dtype)
-        return Config(**fields), UNet(**stored["model"] | {"dtype": dtype, "encoder": encoder})
-    except (KeyError, TypeError) as error:
+        return Config(**fields), pack.build(stored["model"])
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{workdir}/config.json is of another version: {error}") from error
 
 
@@ -416,12 +410,17 @@ class Run(NamedTuple):
 
 
 def restore_run(workdir: Path, which: Literal["best", "latest"]) -> Run:
-    """The run in a workdir, with its best or its latest variables.
+    """The run in a workdir, with its best or its latest variables, or a model that was exported.
 
     Raises:
-        FileNotFoundError: there is no run, or it has no such checkpoint.
-        ValueError: its config.json cannot be read.
+        FileNotFoundError: there is neither, or no such checkpoint.
+        ValueError: its config.json or the model cannot be read.
     """
+    if (workdir / "model.json").is_file():
+        packed = pack.load(workdir)
+        config, _ = from_json(packed.about | {"model": pack.describe(packed.model)}, workdir)
+        step, fingerprints = packed.about["step"], packed.about["data"]
+        return Run(config, packed.model, packed.variables, step, fingerprints)
     stored = read_json(workdir)
     config, model = from_json(stored, workdir)
     abstract = abstract_state(make_recipe(config)._replace(model=model))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ablate
 import evaluate
+import export
 import jax
 import numpy as np
 import predict
@@ -552,6 +553,37 @@ def test_a_run_starts_from_the_parameters_of_another(undisturbed, folders, tmp_p
         assert train.main(arguments(folders, tmp_path / "other", **changes)) == 1
         assert words in capsys.readouterr().err
         assert not (tmp_path / "other" / "config.json").exists()
+
+
+def test_an_exported_model_stands_for_its_run(undisturbed, folders, tmp_path, capsys):
+    workdir, *_ = undisturbed
+    out = tmp_path / "models" / "disc"
+    assert export.main(["--workdir", str(workdir), "--out", str(out)]) == 0
+    assert {file.name for file in out.iterdir()} == {"model.json", "weights.npz"}
+    assert "/" not in json.dumps(json.loads((out / "model.json").read_text())["about"])
+    ours, theirs = restore_run(out, "best"), restore_run(workdir, "best")
+    assert (ours.step, ours.fingerprints) == (theirs.step, theirs.fingerprints)
+    for name, flag, folder in (("a", "--workdir", workdir), ("b", "--model", out)):
+        command = [flag, str(folder), "--out", str(tmp_path / name)]
+        assert predict.main([*command, str(folders / "images")]) == 0
+        pictures = ["--images", str(folders / "images"), "--masks", str(folders / "masks")]
+        assert evaluate.main([*command, *pictures]) == 0
+    scores, masks = [], []
+    for name in ("a", "b"):
+        (report,) = (tmp_path / name).glob("evaluation-*.json")
+        scores.append(json.loads(report.read_text())["dice_per_image"])
+        masks.append(
+            np.stack([Image.open(x) for x in sorted((tmp_path / name).glob("*-mask.png"))])
+        )
+    assert (masks[0] != masks[1]).mean() < 1e-3 and abs(scores[0] - scores[1]) < 1e-3
+    assert {file.name for file in out.iterdir()} == {"model.json", "weights.npz"}
+    begun = tmp_path / "begun"
+    assert train.main(arguments(folders, begun, init=out, epochs=1, learning_rate=1e-30)) == 0
+    found = restore_run(begun, "latest").variables
+    for a, b in zip(*map(jax.tree.leaves, (found, ours.variables)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert export.main(["--workdir", str(workdir), "--out", str(out)]) == 1
+    assert "choose another folder" in capsys.readouterr().err
 
 
 def test_no_picture_is_written_over(undisturbed, tmp_path, capsys):
