@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +55,8 @@ def save(folder: str | os.PathLike, packed: Packed) -> None:
         FileExistsError: the folder holds a model.
     """
     folder, arrays = Path(folder), {}
-    for name, x in flatten_dict(packed.variables, sep="/").items():
+    by_name = cast(dict[str, Any], flatten_dict(packed.variables, sep="/"))
+    for name, x in by_name.items():
         with np.errstate(over="ignore"):
             arrays[name] = np.asarray(x, np.float16 if np.ndim(x) > 1 else np.float32)
         if not np.isfinite(arrays[name]).all():
