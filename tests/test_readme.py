@@ -31,7 +31,8 @@ COMMANDS = {
 def user(tmp_path_factory):
     """A folder with the experiments and pictures in it, and the environment of a user there."""
     tmp_path = tmp_path_factory.mktemp("user")
-    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    for folder in ("experiments", "models"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     rng = np.random.default_rng(0)
     for folder in ("my", "other"):
         for part in ("images", "masks"):
