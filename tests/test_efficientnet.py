@@ -101,6 +101,17 @@ def test_a_block_is_its_formula():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_an_image_is_rescaled_as_the_weights_expect_it():
+    encoder = Encoder("lite0")
+    image = jnp.array([127 / 255, 1.0])[:, None, None, None] * jnp.ones((2, 32, 32, 3))
+    variables = efficientnet.imagenet("lite0")
+    _, seen = encoder.apply(variables, image, capture_intermediates=True)
+    grey, white = np.asarray(seen["intermediates"]["stem"]["__call__"][0])
+    np.testing.assert_allclose(grey, 0, atol=1e-6)
+    kernel = variables["params"]["stem"]["kernel"]
+    np.testing.assert_allclose(white[3, 3], kernel.sum((0, 1, 2)), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("variant", ["lite0", "lite2"])
 def test_the_weights_of_imagenet_fill_an_encoder_and_know_what_they_see(variant):
     skimage = pytest.importorskip("skimage.data")

@@ -14,8 +14,9 @@ SMALL = UNet(features=(4, 8), batch_norm=True, patch=2)
 
 def packed(model=SMALL):
     image = jnp.zeros((1, model.stride, model.stride, 3))
-    variables = jax.jit(model.init)(jax.random.key(0, impl="rbg"), image)
-    return pack.Packed(model, jax.device_get(variables), 64, {"from": "here"})
+    shapes, rng = jax.eval_shape(model.init, jax.random.key(0), image), np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    return pack.Packed(model, variables, 64, {"from": "here"})
 
 
 @pytest.mark.parametrize(
