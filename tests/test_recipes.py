@@ -57,6 +57,13 @@ def test_the_pretrained_recipe_begins_with_the_weights_of_imagenet(tmp_path):
     recipe = make_recipe(config)
     assert recipe.model.encoder == Encoder("lite2") and recipe.model.stride == 32
     assert recipe.loss_fn is losses.bce_soft_dice and recipe.augment is not None
+    params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+    moments = recipe.tx.init(params)
+    for _ in range(2):  # the rate of the first is 0
+        updates, moments = recipe.tx.update(params, moments, params)
+    expected = recipes.ENCODER_RATE * updates["head"]
+    np.testing.assert_allclose(updates["encoder"], expected, rtol=1e-6)
+    assert expected.all()
     state = train.create_state(config, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(state.params)) < 9e6
     given = efficientnet.imagenet("lite2")
