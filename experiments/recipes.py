@@ -337,6 +337,8 @@ def to_json(config: Config, fingerprints: dict[str, str]) -> dict[str, Any]:
             versions[name] = metadata.version(name)
     device, (model, _, loss_fn, _) = jax.devices()[0], make_recipe(config)
     fields["features"] = model.features
+    if config.recipe != "pretrained":
+        del fields["encoder"]  # runs of before there was one go on
     training = {"loss": loss_fn.__name__, "augment": AUGMENT.get(config.recipe)}
     if config.recipe in FALLING:
         training |= {"optimizer": ADAMW, "epochs": config.epochs}  # over which the rate falls

@@ -141,6 +141,7 @@ def test_config_json_gives_back_the_configuration_and_the_network(tmp_path):
         assert recipes.from_json(stored, tmp_path) == (config, make_recipe(config).model)
         assert stored["training"]["loss"] == make_recipe(config).loss_fn.__name__
     assert stored["model"]["dropout"] == [0.1, 0.1] and stored["model"]["group_size"] is None
+    assert "encoder" not in stored["config"]
 
 
 @pytest.mark.parametrize("part", ["config", "model"])
