@@ -286,7 +286,7 @@ def make_train_step(
         in_shardings=(whole, split, whole),
         out_shardings=whole,
         donate_argnums=0,
-        compiler_options=compiler_options(remat),
+        compiler_options=compiler_options(),
     )
 
 
