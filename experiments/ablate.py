@@ -21,6 +21,7 @@ from recipes import (
     Recipe,
     absolute,
     changes,
+    create_state,
     keep_compiled,
     keras_adam,
     load_split,
@@ -54,14 +55,31 @@ ROWS: dict[str, Callable[[Recipe, float], Recipe]] = {
 }
 
 
+def score(
+    config: Config, recipe: Recipe, arrays: dict[str, data.Arrays], name: str
+) -> dict[str, np.ndarray]:
+    """Dice of each validation image after the last epoch, `dice` as predicted, `dice_flips` with.
+
+    They are kept in a file in the workdir, and what is there of the same settings and name is not
+    made again.
+    """
+    settings = to_json(config, {split: each.fingerprint for split, each in arrays.items()})
+    text = json.dumps([settings[part] for part in DETERMINES], sort_keys=True)
+    kind = hashlib.sha256(text.encode()).hexdigest()[:8]  # other settings, other files
+    file = config.workdir / f"{name.replace(' ', '-')}-{kind}.json"
+    if not file.is_file():
+        found = train_and_score(config, recipe, arrays, name)
+        config.workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(found) + "\n")
+    return {what: np.array(values) for what, values in json.loads(file.read_text()).items()}
+
+
 def train_and_score(
     config: Config, recipe: Recipe, arrays: dict[str, data.Arrays], name: str
 ) -> dict[str, list[float]]:
-    """Dice of each validation image after the last epoch, as predicted and with flips."""
     model, tx, loss_fn, change = recipe
     init_key, key = jax.random.split(jax.random.key(config.seed))
-    create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
-    state = create(model, tx, init_key, (1, model.stride, model.stride, 3))
+    state = create_state(config, recipe, init_key)
     step = train.make_train_step(model, tx, loss_fn, augment=change)
     resident = data.to_device(arrays["train"])
     for epoch in tqdm(range(config.epochs), desc=name, unit="epoch"):
@@ -89,30 +107,22 @@ def main(args: list[str] | None = None) -> int:
     keep_compiled()
     try:
         make_recipe(config)  # settings that do not fit are refused before anything else
-        sources, splits = open_sources(config), ("train", "validation")
-        arrays = {split: load_split(config, sources, split) for split in splits}
+        sources = open_sources(config)
+        arrays = {split: load_split(config, sources, split) for split in ("train", "validation")}
         recipe = make_recipe(config, len(arrays["train"].image))
-        settings = to_json(config, {split: each.fingerprint for split, each in arrays.items()})
-        text = json.dumps([settings[part] for part in DETERMINES], sort_keys=True)
-        kind = hashlib.sha256(text.encode()).hexdigest()[:8]  # other settings, other files
-        config.workdir.mkdir(parents=True, exist_ok=True)
-        scores = {}
-        for name, change in ROWS.items():
-            file = config.workdir / f"{name.replace(' ', '-')}-{kind}.json"
-            if not file.is_file():
-                changed = change(recipe, config.learning_rate)
-                found = train_and_score(config, changed, arrays, name)
-                write_atomically(file, json.dumps(found) + "\n")
-            scores[name] = json.loads(file.read_text())
+        scores = {
+            name: score(config, change(recipe, config.learning_rate), arrays, name)
+            for name, change in ROWS.items()
+        }
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    base = np.array(scores["strong"]["dice"])
+    base = scores["strong"]["dice"]
     print("| | Dice per image | difference (95 % interval) | |\n|---|---|---|---|")
     print(f"| strong | {base.mean():.3f} | | |")
     for name in [*ROWS][1:]:
-        print(row(name, np.array(scores[name]["dice"]), base))
-    print(row("with flips in prediction", np.array(scores["strong"]["dice_flips"]), base))
+        print(row(name, scores[name]["dice"], base))
+    print(row("with flips in prediction", scores["strong"]["dice_flips"], base))
     return 0
 
 

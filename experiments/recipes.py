@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from flax_unet import augment, checkpoint, data, draw, losses, pack, predict, train
-from flax_unet.efficientnet import Encoder
+from flax_unet.efficientnet import Encoder, with_imagenet
 from flax_unet.model import ARTICLE, UNet
 
 #: Fields that say where things are, not what is computed; nor do `epochs` and `stream`.
@@ -237,6 +237,25 @@ def abstract_state(recipe: Recipe) -> train.TrainState:
     shape = (1, recipe.model.stride, recipe.model.stride, 3)
     create = partial(train.create_train_state, recipe.model, recipe.tx, image_shape=shape)
     return jax.eval_shape(create, jax.random.key(0))
+
+
+def create_state(config: Config, recipe: Recipe, key: jax.Array) -> train.TrainState:
+    """The state of a new run.
+
+    Raises:
+        ValueError, OSError: `init` holds no run, or one of another network.
+        ModuleNotFoundError: the encoder's weights are not installed.
+    """
+    model, tx, *_ = recipe
+    create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
+    state = create(model, tx, key, (1, model.stride, model.stride, 3))
+    if config.init is not None:
+        state = train.start_from(state, tx, restore_run(config.init, "best").variables)
+    elif isinstance(model.encoder, Encoder):
+        variables = with_imagenet(state.variables, model.encoder.variant)
+        state = train.start_from(state, tx, variables)
+    # Bound to its device as a restored state is, or XLA would compile the step anew for that one.
+    return jax.device_put(state, jax.devices()[0])
 
 
 def open_sources(config: Config) -> dict[str, Sequence[dict[str, Any]]]:

@@ -20,20 +20,20 @@ from recipes import (
     Config,
     absolute,
     abstract_state,
+    create_state,
     draw_panels,
     keep_compiled,
     load_split,
     make_recipe,
     open_sources,
     read_json,
-    restore_run,
     split_of,
     to_json,
     write_atomically,
 )
 from tqdm import tqdm
 
-from flax_unet import checkpoint, data, draw, efficientnet, metrics, predict, train
+from flax_unet import checkpoint, data, draw, metrics, predict, train
 
 try:
     import fcntl
@@ -175,7 +175,8 @@ def run(config: Config) -> int:
         ValueError, OSError: a setting or the data cannot be used.
     """
     # Settings that do not fit are refused before anything else.
-    abstract = abstract_state(make_recipe(config))
+    recipe = make_recipe(config)
+    abstract = abstract_state(recipe)
     print(
         f"{config.dataset}: opening the pictures, which takes a minute the first time", flush=True
     )
@@ -191,7 +192,7 @@ def run(config: Config) -> int:
         fingerprints = {split: data.fingerprint(source) for split, source in sources.items()}
         init_key, key = jax.random.split(jax.random.key(config.seed))
         # First, for nothing is to be written if --init cannot be used.
-        state, records = None if begun else create_state(config, init_key), []
+        state, records = None if begun else create_state(config, recipe, init_key), []
         check_workdir(config, fingerprints, begun)
         if state is None:
             state, progress = checkpoint.restore(checkpoints, abstract)
@@ -224,25 +225,6 @@ def load_pictures(config: Config, sources: dict[str, Any]) -> Pictures:
         arrays = data.to_device(load_split(config, sources, "train"))
         deal = partial(data.batches, arrays, size)
     return Pictures(len(source), deal, load_split(config, sources, "validation"))
-
-
-def create_state(config: Config, key: jax.Array) -> train.TrainState:
-    """The state of a new run.
-
-    Raises:
-        ValueError, OSError: `init` holds no run, or one of another network.
-        ModuleNotFoundError: the encoder's weights are not installed.
-    """
-    model, tx, *_ = make_recipe(config)
-    create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
-    state = create(model, tx, key, (1, model.stride, model.stride, 3))
-    if config.init is not None:
-        state = train.start_from(state, tx, restore_run(config.init, "best").variables)
-    elif config.recipe == "pretrained":
-        variables = efficientnet.with_imagenet(state.variables, config.encoder)
-        state = train.start_from(state, tx, variables)
-    # Bound to its device as a restored state is, or XLA would compile the step anew for that one.
-    return jax.device_put(state, jax.devices()[0])
 
 
 def fit(

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import ablate
+import data_efficiency
 import evaluate
 import export
 import jax
@@ -521,6 +522,29 @@ def test_the_ablation_trains_each_row_once_and_prints_the_table(
     assert times == [file.stat().st_mtime_ns for file in files]
     assert ablate.main(arguments(folders, tmp_path / "a", epochs=1, seed=1)) == 0
     assert len([*(tmp_path / "a").iterdir()]) == 4
+
+
+def test_the_data_efficiency_trains_on_the_share_of_the_images_for_as_many_steps(
+    folders, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(data_efficiency, "RECIPES", ("strong",))
+    monkeypatch.setattr(data_efficiency, "SHARES", (0.25, 1.0))
+    seen, score = [], data_efficiency.score
+
+    def noted(config, recipe, arrays, name):
+        seen.append((config.epochs, arrays["train"].name, arrays["train"].image))
+        return score(config, recipe, arrays, name)
+
+    monkeypatch.setattr(data_efficiency, "score", noted)
+    assert data_efficiency.main(arguments(folders, tmp_path / "a", epochs=2)) == 0
+    (some_epochs, some, images), (all_epochs, everything, all_images) = seen
+    batches = [-(-len(some) // 8), -(-len(everything) // 8)]
+    assert 0 <= batches[0] * some_epochs - batches[1] * 2 < batches[0] and all_epochs == 2
+    assert len(some) == round(len(everything) / 4) and some == everything[: len(some)]
+    assert len({*everything}) == len(everything) and (images == all_images[: len(some)]).all()
+    table = capsys.readouterr().out
+    assert all(f"\n| {n} | 0." in table for n in (len(some), len(everything)))
+    assert (tmp_path / "a" / "data-efficiency.png").is_file()
 
 
 def test_each_row_of_the_ablation_changes_one_thing(tmp_path):

@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
-import train
 from recipes import Config, make_recipe
 
 from flax_unet import augment, efficientnet, losses
@@ -64,7 +63,7 @@ def test_the_pretrained_recipe_begins_with_the_weights_of_imagenet(tmp_path):
     expected = recipes.ENCODER_RATE * updates["head"]
     np.testing.assert_allclose(updates["encoder"], expected, rtol=1e-6)
     assert expected.all()
-    state = train.create_state(config, jax.random.key(0))
+    state = recipes.create_state(config, recipe, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(state.params)) < 9e6
     given = efficientnet.imagenet("lite2")
     for variables in (state.variables, {"params": state.params, **state.model_state}):
