@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+import optax
 import tyro
 from recipes import (
     AUGMENT,
@@ -20,6 +21,7 @@ from recipes import (
     Config,
     Recipe,
     absolute,
+    abstract_state,
     changes,
     create_state,
     keep_compiled,
@@ -33,6 +35,7 @@ from recipes import (
 from tqdm import tqdm
 
 from flax_unet import data, losses, metrics, predict, train
+from flax_unet.efficientnet import imagenet
 
 affine, *looks = AUGMENT["strong"]
 nowhere = {name: 1.0 if name == "scale" else 0.0 for name in affine}  # mirrored, not moved
@@ -53,6 +56,24 @@ ROWS: dict[str, Callable[[Recipe, float], Recipe]] = {
     ),
     "Adam for the falling AdamW, no average": lambda r, rate: r._replace(tx=keras_adam(rate)),
 }
+
+
+def open_study(given: Config, *recipes: str, unused: tuple[str, ...]) -> dict[str, data.Arrays]:
+    """The training and the validation split.
+
+    Raises:
+        ValueError: the settings do not fit one of the recipes, a flag of train.py that is `unused`
+            here is given, or the data cannot be used.
+        ModuleNotFoundError: the encoder's weights are not installed.
+    """
+    if ignored := [f for f in unused if getattr(given, f) != getattr(Config(given.workdir), f)]:
+        raise ValueError(f"--{ignored[0]} has no use here: leave it out")
+    for recipe in recipes:
+        abstract_state(make_recipe(replace(given, recipe=recipe)))
+        if recipe == "pretrained":
+            imagenet(given.encoder)
+    sources = open_sources(given)
+    return {split: load_split(given, sources, split) for split in ("train", "validation")}
 
 
 def score(
@@ -86,7 +107,8 @@ def train_and_score(
         order = data.shuffled(len(resident.image), config.seed, epoch)
         for batch in data.batches(resident, config.batch_size, order):
             state, _ = step(state, batch, key)
-        jax.block_until_ready(state)
+        if not np.isfinite(optax.tree.norm(state.params)):
+            raise ValueError(f"{name}: a parameter is not finite: try a smaller --learning-rate")
     scores = {}
     for what, network in {"dice": model, "dice_flips": predict.Mirrored(model)}.items():
         _, counts = predict.evaluate(network, state.variables, arrays["validation"])
@@ -103,13 +125,15 @@ def row(name: str, values: np.ndarray, base: np.ndarray) -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    config = replace(absolute(tyro.cli(Config, description=__doc__, args=args)), recipe="strong")
+    given = absolute(tyro.cli(Config, description=__doc__, args=args))
     keep_compiled()
     try:
-        make_recipe(config)  # settings that do not fit are refused before anything else
-        sources = open_sources(config)
-        arrays = {split: load_split(config, sources, split) for split in ("train", "validation")}
+        config = replace(given, recipe="strong")
+        unused = "recipe", "encoder", "init", "stream"
+        arrays = open_study(given, "strong", unused=unused)
         recipe = make_recipe(config, len(arrays["train"].image))
+        if config.image_size == recipe.model.stride:
+            raise ValueError("instance norm makes 0 of one pixel: take a larger --image-size")
         scores = {
             name: score(config, change(recipe, config.learning_rate), arrays, name)
             for name, change in ROWS.items()

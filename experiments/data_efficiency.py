@@ -2,10 +2,11 @@
 
     python experiments/data_efficiency.py --workdir runs/shares
 
-Trains `strong` and `pretrained` on a share of the training images, each time for as many steps as
-`--epochs` takes with all of them, scores the last state on the validation split, and draws Dice
-against the number of images: data-efficiency.png. What is done already is not done again. A bar is
-the 95 % interval over the validation images, of one training and one choice of images.
+Trains `strong` and `pretrained` on a share of the training images, each time for as many steps (to
+a whole epoch) as `--epochs` takes with all of them, scores the last state on the validation split,
+and draws Dice against the number of images: data-efficiency.png. What is done already is not done
+again. A bar is the 95 % interval over the validation images, of one training and one choice of
+images.
 """
 
 import sys
@@ -14,16 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from ablate import score
-from recipes import (
-    Config,
-    absolute,
-    abstract_state,
-    keep_compiled,
-    load_split,
-    make_recipe,
-    open_sources,
-)
+from ablate import open_study, score
+from recipes import Config, absolute, keep_compiled, make_recipe
 
 from flax_unet import data, metrics
 
@@ -70,14 +63,8 @@ def main(args: list[str] | None = None) -> int:
     given = absolute(tyro.cli(Config, description=__doc__, args=args))
     keep_compiled()
     try:
-        configs = [replace(given, recipe=recipe) for recipe in RECIPES]
-        for config in configs:
-            abstract_state(
-                make_recipe(config)
-            )  # settings that do not fit are refused before anything else
-        sources = open_sources(given)
-        arrays = {split: load_split(given, sources, split) for split in ("train", "validation")}
-        found = {config.recipe: dice_by_images(config, arrays) for config in configs}
+        arrays = open_study(given, *RECIPES, unused=("recipe", "init", "stream"))
+        found = {name: dice_by_images(replace(given, recipe=name), arrays) for name in RECIPES}
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -42,7 +42,7 @@ class Options:
     checkpoint: Literal["best", "latest"] | None = None
     """best by validation Dice; by default so, but latest where the split is validation."""
     images: Path | None = None
-    """Folder of images to score instead, with --masks."""
+    """Folder of images to score instead, all of them, with --masks."""
     masks: Path | None = None
     """Folder of their masks, paired by stem."""
     kvasir_zip: Path | None = None
@@ -157,6 +157,11 @@ def open_split(options: Options, config: Config) -> tuple[Sequence[dict[str, Any
     if options.images is not None and options.masks is not None:
         source = data.FolderSource(options.images, options.masks)
         return source, f"folder-{options.images.parent.name}-{options.images.name}", "folder"
+    if config.dataset == "folder" and config.images is None:
+        raise data.DataError(
+            "an exported model does not say where its pictures are: score its run's workdir, or "
+            "all pictures of two folders with --images and --masks"
+        )
     given = {k: v for k in ("kvasir_zip", "data_dir") if (v := getattr(options, k)) is not None}
     config = replace(config, **given)
     protocol = config.protocol if config.dataset == "kvasir_seg" else config.dataset
@@ -194,7 +199,7 @@ def run(options: Options) -> None:
     """Score, print a table, write evaluation-WHAT.json and .png."""
     on_validation = options.images is None and options.split == "validation"
     which = options.checkpoint or ("latest" if on_validation else "best")
-    config, model, variables, step, fingerprints = restore_run(options.workdir, which)
+    config, model, variables, step, fingerprints, which = restore_run(options.workdir, which)
     source, what, protocol = open_split(options, config)
     cache = cache_folder() if options.images is None else None
     arrays = data.load(source, config.image_size, cache=cache)

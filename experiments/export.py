@@ -29,11 +29,14 @@ class Options:
 
 
 def run(options: Options) -> None:
+    if (options.out / "config.json").exists():
+        raise ValueError(f"{options.out} is the workdir of a run: choose another folder")
     stored, found = read_json(options.workdir), restore_run(options.workdir, options.checkpoint)
     # Where things lay on this machine is nobody's business.
     stored["free"] |= dict.fromkeys(PATHS)
     stored["config"]["init"] = None
-    about = {key: value for key, value in stored.items() if key != "model"} | {"step": found.step}
+    about = {key: value for key, value in stored.items() if key != "model"}
+    about |= {"step": found.step, "checkpoint": found.checkpoint}
     packed = pack.Packed(found.model, found.variables, found.config.image_size, about)
     pack.save(options.out, packed)
     size = (options.out / "weights.npz").stat().st_size

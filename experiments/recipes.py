@@ -403,14 +403,14 @@ def from_json(stored: dict[str, Any], workdir: Path) -> tuple[Config, UNet]:
     Raises:
         ValueError: their fields are of another version.
     """
-    fields = stored["config"] | stored["free"]
-    fields |= {key: Path(fields[key]) for key in (*PATHS, "init") if fields.get(key)}
-    features = fields.get("features")
-    fields |= {"workdir": workdir, "features": features and tuple(features)}
     try:
+        fields = stored["config"] | stored["free"]
+        fields |= {key: Path(fields[key]) for key in (*PATHS, "init") if fields.get(key)}
+        features = fields.get("features")
+        fields |= {"workdir": workdir, "features": features and tuple(features)}
         return Config(**fields), pack.build(stored["model"])
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{workdir}/config.json is of another version: {error}") from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{workdir} is of another version or program: {error}") from error
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -428,10 +428,13 @@ class Run(NamedTuple):
     variables: dict[str, Any]
     step: int
     fingerprints: dict[str, str]  # of the splits it was trained with
+    checkpoint: str  # best or latest
 
 
 def restore_run(workdir: Path, which: Literal["best", "latest"]) -> Run:
     """The run in a workdir, with its best or its latest variables, or a model that was exported.
+
+    Such a model is what it is: `which` is of no use there.
 
     Raises:
         FileNotFoundError: there is neither, or no such checkpoint.
@@ -440,14 +443,14 @@ def restore_run(workdir: Path, which: Literal["best", "latest"]) -> Run:
     if (workdir / "model.json").is_file():
         packed = pack.load(workdir)
         config, _ = from_json(packed.about | {"model": pack.describe(packed.model)}, workdir)
-        step, fingerprints = packed.about["step"], packed.about["data"]
-        return Run(config, packed.model, packed.variables, step, fingerprints)
+        kept = (packed.about[key] for key in ("step", "data", "checkpoint"))
+        return Run(config, packed.model, packed.variables, *kept)
     stored = read_json(workdir)
     config, model = from_json(stored, workdir)
     abstract = abstract_state(make_recipe(config)._replace(model=model))
     with checkpoint.open_checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         state, _ = checkpoint.restore(checkpoints, abstract, which)
-    return Run(config, model, state.variables, int(state.step), stored["data"])
+    return Run(config, model, state.variables, int(state.step), stored["data"], which)
 
 
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """What XLA must be told, or given in another form, to be fast on a CPU.
 
-Measured in docs/benchmarks.md; on other backends nothing here changes anything.
+Measured on two cores of an AMD EPYC; on other backends nothing here changes anything.
 """
 
 from functools import cache, partial, reduce

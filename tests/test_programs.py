@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -547,6 +548,37 @@ def test_the_data_efficiency_trains_on_the_share_of_the_images_for_as_many_steps
     assert (tmp_path / "a" / "data-efficiency.png").is_file()
 
 
+@pytest.mark.parametrize("program", [ablate, data_efficiency])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"init": "runs"}, "--init has no use here"),
+        ({"recipe": "article"}, "--recipe has no use here"),
+        ({"learning_rate": 1e30}, "strong.*is not finite"),
+    ],
+)
+def test_a_study_that_cannot_be_made_is_refused(
+    folders, tmp_path, capsys, monkeypatch, program, changes, words
+):
+    monkeypatch.setattr(data_efficiency, "RECIPES", ("strong",))
+    assert program.main(arguments(folders, tmp_path / "a", epochs=1, **changes)) == 1
+    assert re.search(words, capsys.readouterr().err)
+    assert not (tmp_path / "a").exists()
+
+
+def test_missing_weights_are_named_before_anything_is_trained(
+    folders, tmp_path, capsys, monkeypatch
+):
+    def missing(variant):
+        raise ModuleNotFoundError(f"no weights of {variant}")
+
+    monkeypatch.setattr(ablate, "imagenet", missing)
+    command = arguments(folders, tmp_path / "a")
+    command = [*command[: command.index("--features")], "--encoder", "lite2"]
+    assert data_efficiency.main(command) == 1
+    assert "no weights of lite2" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
 def test_each_row_of_the_ablation_changes_one_thing(tmp_path):
     recipe = recipes.make_recipe(recipes.Config(tmp_path, recipe="strong"))
     changed = []
@@ -606,8 +638,24 @@ def test_an_exported_model_stands_for_its_run(undisturbed, folders, tmp_path, ca
     found = restore_run(begun, "latest").variables
     for a, b in zip(*map(jax.tree.leaves, (found, ours.variables)), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert export.main(["--workdir", str(workdir), "--out", str(out)]) == 1
-    assert "choose another folder" in capsys.readouterr().err
+    for taken in (out, workdir):
+        before = sorted(file.name for file in taken.iterdir())
+        assert export.main(["--workdir", str(workdir), "--out", str(taken)]) == 1
+        assert "choose another folder" in capsys.readouterr().err
+        assert sorted(file.name for file in taken.iterdir()) == before
+    assert evaluate.main(["--model", str(out), "--out", str(tmp_path)]) == 1
+    assert "does not say where its pictures are" in capsys.readouterr().err
+
+
+def test_an_exported_model_says_which_checkpoint_it_is(undisturbed, tmp_path):
+    for which in ("best", "latest"):
+        command = ["--workdir", str(undisturbed[0]), "--out", str(tmp_path / which)]
+        assert export.main([*command, "--checkpoint", which]) == 0
+        assert restore_run(tmp_path / which, "best").checkpoint == which
+    file = tmp_path / "best" / "model.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"about": {"by": "another"}}))
+    with pytest.raises(ValueError, match="is of another version or program"):
+        restore_run(tmp_path / "best", "best")
 
 
 def test_no_picture_is_written_over(undisturbed, tmp_path, capsys):

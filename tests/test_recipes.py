@@ -147,7 +147,7 @@ def test_config_json_gives_back_the_configuration_and_the_network(tmp_path):
 def test_a_configuration_of_another_version_is_named(tmp_path, part):
     stored = recipes.to_json(Config(tmp_path), {})
     stored[part]["depth"] = 3
-    with pytest.raises(ValueError, match="config.json is of another version"):
+    with pytest.raises(ValueError, match="is of another version or program"):
         recipes.from_json(stored, tmp_path)
 
 
