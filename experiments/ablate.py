@@ -98,6 +98,11 @@ def score(
 def train_and_score(
     config: Config, recipe: Recipe, arrays: dict[str, data.Arrays], name: str
 ) -> dict[str, list[float]]:
+    """What `score` keeps.
+
+    Raises:
+        ValueError: the training diverged.
+    """
     model, tx, loss_fn, change = recipe
     init_key, key = jax.random.split(jax.random.key(config.seed))
     state = create_state(config, recipe, init_key)
@@ -129,8 +134,7 @@ def main(args: list[str] | None = None) -> int:
     keep_compiled()
     try:
         config = replace(given, recipe="strong")
-        unused = "recipe", "encoder", "init", "stream"
-        arrays = open_study(given, "strong", unused=unused)
+        arrays = open_study(given, "strong", unused=("recipe", "encoder", "init", "stream"))
         recipe = make_recipe(config, len(arrays["train"].image))
         if config.image_size == recipe.model.stride:
             raise ValueError("instance norm makes 0 of one pixel: take a larger --image-size")
