@@ -250,7 +250,15 @@ def create_state(config: Config, recipe: Recipe, key: jax.Array) -> train.TrainS
     create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
     state = create(model, tx, key, (1, model.stride, model.stride, 3))
     if config.init is not None:
-        state = train.start_from(state, tx, restore_run(config.init, "best").variables)
+        begun = restore_run(config.init, "best")
+        try:
+            state = train.start_from(state, tx, begun.variables)
+        except ValueError as error:
+            features = " ".join(map(str, begun.model.features))
+            same = f"--recipe {begun.config.recipe} --features {features}"
+            if begun.model.encoder is not None:
+                same += f" --encoder {begun.model.encoder.variant}"
+            raise ValueError(f"--init {config.init} goes with {same}: {error}") from error
     elif isinstance(model.encoder, Encoder):
         variables = with_imagenet(state.variables, model.encoder.variant)
         state = train.start_from(state, tx, variables)

@@ -605,6 +605,7 @@ def test_a_run_starts_from_the_parameters_of_another(undisturbed, folders, tmp_p
     for changes, words in [
         ({"init": first}, "there is no run in this workdir"),
         ({"init": undisturbed[0], "recipe": "strong"}, "params/down0/Conv_2/bias is not in the"),
+        ({"init": undisturbed[0], "recipe": "strong"}, "goes with --recipe unet --features 8 16:"),
     ]:
         assert train.main(arguments(folders, tmp_path / "other", **changes)) == 1
         assert words in capsys.readouterr().err
