@@ -530,19 +530,31 @@ def test_the_data_efficiency_trains_on_the_share_of_the_images_for_as_many_steps
 ):
     monkeypatch.setattr(data_efficiency, "RECIPES", ("strong",))
     monkeypatch.setattr(data_efficiency, "SHARES", (0.25, 1.0))
-    seen, score = [], data_efficiency.score
+    seen, score, opened = [], data_efficiency.score, data_efficiency.open_study
+    split = {}
+
+    def remembered(*args, **kwargs):
+        split.update(opened(*args, **kwargs))
+        return split
 
     def noted(config, recipe, arrays, name):
-        seen.append((config.epochs, arrays["train"].name, arrays["train"].image))
+        seen.append((config.epochs, arrays["train"]))
         return score(config, recipe, arrays, name)
 
     monkeypatch.setattr(data_efficiency, "score", noted)
+    monkeypatch.setattr(data_efficiency, "open_study", remembered)
     assert data_efficiency.main(arguments(folders, tmp_path / "a", epochs=2)) == 0
-    (some_epochs, some, images), (all_epochs, everything, all_images) = seen
+    (some_epochs, few), (all_epochs, whole) = seen
+    some, everything = few.name, whole.name
     batches = [-(-len(some) // 8), -(-len(everything) // 8)]
     assert 0 <= batches[0] * some_epochs - batches[1] * 2 < batches[0] and all_epochs == 2
     assert len(some) == round(len(everything) / 4) and some == everything[: len(some)]
-    assert len({*everything}) == len(everything) and (images == all_images[: len(some)]).all()
+    assert {*everything} == {*split["train"].name} and len(everything) == len({*everything})
+    place = np.array([split["train"].name.index(name) for name in everything])
+    for part in ("image", "mask"):
+        original = getattr(split["train"], part)[place]
+        assert (getattr(whole, part) == original).all()
+        assert (getattr(few, part) == original[: len(some)]).all()
     table = capsys.readouterr().out
     assert all(f"\n| {n} | 0." in table for n in (len(some), len(everything)))
     assert (tmp_path / "a" / "data-efficiency.png").is_file()
