@@ -1,4 +1,4 @@
-"""Ask workers in turn, and write down what they say; see worker.py."""
+"""Runs worker processes in turn and records their times; for the protocol see worker.py."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PACKAGES = "jax jaxlib flax optax keras tensorflow tensorflow-cpu torch torchvision".split()
 
-#: {task: {name of the peer: one figure a round}}
-Figures = dict[str, dict[str, list[float]]]
+#: {task: {name of the worker: one value per round}}
+Results = dict[str, dict[str, list[float]]]
 
 
 class Peer:
-    """A worker in a process of its own; `peak` is the most memory that it has used, in bytes."""
+    """A worker in a separate process; `peak` is its peak memory so far, in bytes."""
 
     def __init__(self, command: list[str]):
         self.began, self.peak = time.time(), 0.0
@@ -29,74 +29,76 @@ class Peer:
             text=True,
         )
 
-    def _answer(self, question: str) -> dict[str, float]:
+    def _answer(self, request: str) -> dict[str, float]:
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(question + "\n")
+        self.process.stdin.write(request + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
-            if line.startswith("{"):  # some libraries chat
+            if line.startswith("{"):  # skip messages of libraries
                 answer = json.loads(line)
                 self.peak = answer["peak_bytes"]
                 return answer
-        raise SystemExit(f"{self.process.args} ended with code {self.process.wait()}")
+        raise SystemExit(f"{self.process.args} exited with code {self.process.wait()}")
 
-    def ask(self, question: str) -> float:
-        """The seconds that the work took each time."""
-        return self._answer(question)["seconds"]
+    def ask(self, request: str) -> float:
+        """Seconds per repetition of the work."""
+        return self._answer(request)["seconds"]
 
-    def first(self, question: str) -> float:
-        """The seconds from the start of the process to the end of the work."""
-        return self._answer(question)["clock"] - self.began
+    def first(self, request: str) -> float:
+        """Seconds from the start of the process to the end of the work."""
+        return self._answer(request)["clock"] - self.began
 
     def end(self) -> None:
         self.process.communicate()
 
 
-def measure(peers: dict[str, Peer], asked: dict[str, str], rounds: int) -> dict[str, list[float]]:
-    """{name: seconds in each round}, without what is compiled or started at the first time."""
-    times: dict[str, list[float]] = {name: [] for name in asked}
-    for name, question in asked.items():
-        peers[name].ask(question)
+def measure(
+    peers: dict[str, Peer], requests: dict[str, str], rounds: int
+) -> dict[str, list[float]]:
+    """{name: seconds in each round}, after a first request that compiles and starts everything."""
+    times: dict[str, list[float]] = {name: [] for name in requests}
+    for name, request in requests.items():
+        peers[name].ask(request)
     for i in range(rounds):
-        for name in asked if i % 2 == 0 else reversed(asked):
-            times[name].append(peers[name].ask(asked[name]))
+        for name in requests if i % 2 == 0 else reversed(requests):
+            times[name].append(peers[name].ask(requests[name]))
         print({name: round(seconds[-1], 4) for name, seconds in times.items()}, flush=True)
     return times
 
 
-def table(figures: Figures) -> str:
-    """Markdown: the medians."""
-    return _markdown(figures, lambda task, name: f"{statistics.median(figures[task][name]):.3g}")
+def table(results: Results) -> str:
+    """A Markdown table of the medians."""
+    return _markdown(results, lambda task, name: f"{statistics.median(results[task][name]):.3g}")
 
 
 def ratio(ours: list[float], theirs: list[float]) -> str:
-    """Ours over theirs, round by round: median (lowest to highest)."""
-    found = [a / b for a, b in zip(ours, theirs, strict=True)]
-    spread = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
-    return f"{statistics.median(found):.2f}{spread}"
+    """Our time divided by theirs in each round: median (lowest to highest)."""
+    values = [a / b for a, b in zip(ours, theirs, strict=True)]
+    spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{statistics.median(values):.2f}{spread}"
 
 
-def ratios(figures: Figures, ours: str) -> str:
-    """Markdown: each `ratio` of ours."""
+def ratios(results: Results, ours: str) -> str:
+    """A Markdown table of the `ratio` of our time to that of every other worker."""
 
     def cell(task: str, name: str) -> str:
-        return ratio(figures[task][ours], figures[task][name])
+        return ratio(results[task][ours], results[task][name])
 
-    return _markdown(figures, cell, without=ours)
+    return _markdown(results, cell, without=ours)
 
 
-def _markdown(figures: Figures, cell, without: str | None = None) -> str:
-    names = [name for name in next(iter(figures.values())) if name != without]
+def _markdown(results: Results, cell, without: str | None = None) -> str:
+    names = [name for name in next(iter(results.values())) if name != without]
     rows = [["", *names], ["---"] * (len(names) + 1)]
-    for task, times in figures.items():
+    for task, times in results.items():
         rows.append([task, *(cell(task, name) if name in times else "" for name in names)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def about() -> str:
-    """Date, machine and versions."""
-    found = metadata.distributions()
-    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in found}
+    """Date, machine and package versions."""
+    packages = metadata.distributions()
+    installed = {p.metadata["Name"].lower().replace("_", "-"): p.version for p in packages}
     versions = [f"{name} {installed[name]}" for name in PACKAGES if name in installed]
     cores = f"{os.cpu_count()} cores"
     return ", ".join(
@@ -104,6 +106,6 @@ def about() -> str:
     )
 
 
-def save(file: Path, figures: object) -> None:
-    """Write the figures as JSON, with date, machine and versions."""
-    file.write_text(json.dumps({"about": about(), "figures": figures}, indent=1) + "\n")
+def save(file: Path, results: object) -> None:
+    """Write the results as JSON, with date, machine and package versions."""
+    file.write_text(json.dumps({"about": about(), "results": results}, indent=1) + "\n")

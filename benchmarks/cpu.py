@@ -1,10 +1,10 @@
-"""Measure flax_unet beside Keras and PyTorch on this CPU: `python benchmarks/cpu.py --out FILE`.
+"""Compare flax_unet with Keras and PyTorch on this CPU: `python benchmarks/cpu.py --out FILE`.
 
-The article's network, 11,707,729 parameters, at 256x256, dropout and Adam included. Each framework
-has a process of its own and all of the cores; they are asked in turn, A B C C B A, so that a busy
-machine slows them alike. Inference is asked of processes that do nothing else, as a program that
-predicts: PyTorch's is quicker after a training step, for it keeps memory that it then needs not ask
-for. Prints the tables of docs/benchmarks.md, writes all figures to FILE.
+The network is the tutorial's (11,707,729 parameters) at 256x256, dropout and Adam included. Each
+framework has a separate process and uses all cores. They are measured in turn, A B C C B A, so that
+a busy machine slows all of them alike. Inference is measured in processes that do nothing else, as
+in a program that predicts: PyTorch's inference is faster after a training step, because it reuses
+the memory of that step. Prints the tables of docs/benchmarks.md and writes all results to FILE.
 """
 
 import argparse
@@ -22,7 +22,7 @@ PEERS = {
     "PyTorch, compiled": (["torch_peer.py", "compile", str(IMAGES)], "float32"),
     "PyTorch, bfloat16": (["torch_peer.py", "eager", str(IMAGES)], "bfloat16"),
 }
-#: What is asked: a name, and the question without its precision.
+#: {task: the request, without its precision}
 INFERENCE = {"inference, batch 1": "infer {} 1 16", "inference, batch 8": "infer {} 8 4"}
 TRAINING = {
     "training step, batch 8": "step {} 8 3",
@@ -39,35 +39,35 @@ def main() -> None:
     options = parser.parse_args()
     names = [OURS, *(name for name in options.peers if name != OURS)]
 
-    def asked(question: str) -> dict[str, str]:
-        return {name: question.format(PEERS[name][1]) for name in names}
+    def requests(template: str) -> dict[str, str]:
+        return {name: template.format(PEERS[name][1]) for name in names}
 
-    figures = {}
+    results = {}
     peers = {name: Peer(PEERS[name][0]) for name in names}
-    for task, question in INFERENCE.items():
-        figures[task] = measure(peers, asked(question), options.rounds)
+    for task, template in INFERENCE.items():
+        results[task] = measure(peers, requests(template), options.rounds)
     for peer in peers.values():
         peer.end()
     starts, memory = {}, {}
-    for name in names:  # one after the other: each has the machine for itself
+    for name in names:  # one after the other, each alone on the machine
         peers[name] = Peer(PEERS[name][0])
         starts[name] = [peers[name].first(f"step {PEERS[name][1]} 8 1")]
         memory[name] = [peers[name].peak / 1e6]
-    figures |= {"cold start to the first step": starts, "peak memory after it, MB": memory}
-    for task, question in TRAINING.items():
-        figures[task] = measure(peers, asked(question), options.rounds)
-    # Beside bare steps in the same minutes: does the input keep the step waiting?
+    results |= {"cold start to the first step": starts, "peak memory after it, MB": memory}
+    for task, template in TRAINING.items():
+        results[task] = measure(peers, requests(template), options.rounds)
+    # Is training input-bound? Compare an epoch with steps on a batch in memory, alternating.
     steps = IMAGES // 8
-    waiting = {"bare": f"step float32 8 {steps}"}
-    waiting |= {kind: f"{kind} float32 8 1" for kind in ("epoch", "augmented")}
-    waits = measure(dict.fromkeys(waiting, peers[OURS]), waiting, options.rounds)
-    save(options.out, figures | {"an epoch's wait": waits})
+    kinds = {"bare": f"step float32 8 {steps}"}
+    kinds |= {kind: f"{kind} float32 8 1" for kind in ("epoch", "augmented")}
+    times = measure(dict.fromkeys(kinds, peers[OURS]), kinds, options.rounds)
+    save(options.out, results | {"epochs and bare steps": times})
     print(about(), platform.processor() or platform.machine())
-    print("\nseconds, median:\n\n" + table(figures))
-    print("\nours / theirs, median of the rounds (range):\n\n" + ratios(figures, OURS))
-    bare = [steps * seconds for seconds in waits["bare"]]
+    print("\nseconds, median:\n\n" + table(results))
+    print("\nours / theirs, median of the rounds (range):\n\n" + ratios(results, OURS))
+    bare = [steps * seconds for seconds in times["bare"]]
     for kind in ("epoch", "augmented"):
-        print(f"{kind} / its bare steps: {ratio(waits[kind], bare)}")
+        print(f"{kind} / its bare steps: {ratio(times[kind], bare)}")
 
 
 if __name__ == "__main__":

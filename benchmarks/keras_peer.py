@@ -1,4 +1,7 @@
-"""The article's network and step in Keras on TensorFlow: `keras_peer.py IMAGES`; see worker.py."""
+"""The tutorial's network and training in Keras, as a worker.
+
+`python benchmarks/keras_peer.py IMAGES`; see worker.py.
+"""
 
 import os
 import sys
@@ -28,11 +31,11 @@ CHANGES = [
 
 
 def changed(image, mask):
-    """A batch of pictures in [0, 255] with their masks, changed at random."""
-    both = {"images": tf.cast(image, tf.float32), "segmentation_masks": mask}
+    """Augment a batch of images in [0, 255] and their masks."""
+    batch = {"images": tf.cast(image, tf.float32), "segmentation_masks": mask}
     for layer in CHANGES:
-        both = layer(both, training=True)
-    return both["images"], both["segmentation_masks"]
+        batch = layer(batch, training=True)
+    return batch["images"], batch["segmentation_masks"]
 
 
 def main() -> None:
@@ -41,22 +44,22 @@ def main() -> None:
     assert model.count_params() == 11_707_729
     model.compile(optimizer="adam", loss="binary_crossentropy")
     image, mask = pictures(int(sys.argv[1]))
-    answer = tf.function(lambda x: model(x, training=False))
+    predict = tf.function(lambda x: model(x, training=False))
 
     def dataset(kind: str, batch: int) -> tf.data.Dataset:
-        found = tf.data.Dataset.from_tensor_slices((image, mask)).shuffle(len(image)).batch(batch)
+        batches = tf.data.Dataset.from_tensor_slices((image, mask)).shuffle(len(image)).batch(batch)
         if kind == "augmented":
-            found = found.map(changed, num_parallel_calls=tf.data.AUTOTUNE)
-        return found.prefetch(tf.data.AUTOTUNE)
+            batches = batches.map(changed, num_parallel_calls=tf.data.AUTOTUNE)
+        return batches.prefetch(tf.data.AUTOTUNE)
 
     def work(kind: str, precision: str, batch: int, times: int) -> None:
         assert precision == "float32"
-        ready = tf.constant(np.float32(image[:batch]))
+        first = tf.constant(np.float32(image[:batch]))
         for _ in range(times):
             if kind == "step":
-                model.train_on_batch(ready, np.float32(mask[:batch]))
+                model.train_on_batch(first, np.float32(mask[:batch]))
             elif kind == "infer":
-                answer(ready).numpy()
+                predict(first).numpy()
             else:
                 model.fit(dataset(kind, batch), verbose=0)
 

@@ -1,4 +1,4 @@
-"""flax_unet, as the conductor asks for it: `python benchmarks/ours.py IMAGES`; see worker.py."""
+"""flax_unet as a worker: `python benchmarks/ours.py IMAGES`; see worker.py."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ def arrays(n: int) -> data.Arrays:
 
 
 def network(precision: str) -> Any:
-    """The article's network. JAX computes in TF32 on a GPU unless it is told not to."""
+    """The tutorial's network. On a GPU, JAX uses TF32 for float32 by default."""
     jax.config.update("jax_default_matmul_precision", "highest" if precision == "float32" else None)
     return ARTICLE.clone(dtype="bfloat16" if precision == "bfloat16" else "float32")
 
@@ -43,16 +43,16 @@ def variables(precision: str) -> Any:
 
 @cache
 def trainer(precision: str, augmented: bool) -> Callable[[Iterable[Any]], None]:
-    """A function that takes a step on each of some batches and waits for the last."""
+    """A function that takes a training step on each batch and waits for the last one."""
     model, state = network(precision), fresh(precision)
     step = train.make_train_step(model, TX, losses.bce, augment=CHANGE if augmented else None)
 
     def run(batches: Iterable[Any]) -> None:
         nonlocal state
-        figures = None
+        metrics = None
         for batch in batches:
-            state, figures = step(state, batch, KEY)
-        jax.block_until_ready(figures)
+            state, metrics = step(state, batch, KEY)
+        jax.block_until_ready(metrics)
 
     return run
 
@@ -73,7 +73,7 @@ def work(kind: str, precision: str, batch: int, times: int) -> None:
 
 
 def peak() -> int:
-    """Bytes that were in use on the device at most."""
+    """Peak memory in use on the device, in bytes."""
     return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 

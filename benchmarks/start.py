@@ -1,8 +1,8 @@
-"""What comes before the first step, and memory: `python benchmarks/start.py`; five minutes.
+"""Measure start-up, decoding and memory: `python benchmarks/start.py`; five minutes.
 
-Compiling the article's training step with and without what an earlier start left in a cache folder;
-pictures decoded and resized a second, by `flax_unet.data.load` and by PyTorch's DataLoader with
-Pillow, in turn; and the memory of a process that trains at 1024x1024 with batch 1.
+Compile time of a training step of the tutorial's network, with and without the compilation cache of
+an earlier start; pictures decoded and resized per second, by `flax_unet.data.load` and by PyTorch's
+DataLoader with Pillow, in turn; and the memory of a process that trains at 1024x1024 with batch 1.
 """
 
 import io
@@ -25,7 +25,7 @@ PICTURES, SIDE, SIZE, ROUNDS = 200, 600, 256, 7
 
 
 def compiled(size: int, batch: int) -> tuple[Callable[[], object], float]:
-    """A function that takes a step of the article's network, and the seconds to compile it."""
+    """A function that takes a training step of the tutorial's network, and its compile time."""
     import jax
     import optax
 
@@ -43,8 +43,8 @@ def compiled(size: int, batch: int) -> tuple[Callable[[], object], float]:
 
     def take() -> None:
         nonlocal state
-        state, figures = step(state, arrays, key)
-        jax.block_until_ready(figures)
+        state, metrics = step(state, arrays, key)
+        jax.block_until_ready(metrics)
 
     return take, seconds
 
@@ -54,7 +54,7 @@ def compile_seconds() -> float:
 
 
 def gigabytes() -> float:
-    """GiB of this process after three steps."""
+    """Peak memory of this process after three steps, in GiB."""
     take, _ = compiled(1024, 1)
     for _ in range(3):
         take()
@@ -62,9 +62,12 @@ def gigabytes() -> float:
 
 
 def child(function: Callable[[], float], cache: str = "") -> float:
-    """What a function returns in a new process."""
-    kept = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_COMPILATION_CACHE_DIR": cache}
-    environment = os.environ | (kept if cache else {})
+    """The value that a function of this file returns in a new process."""
+    caching = {
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_COMPILATION_CACHE_DIR": cache,
+    }
+    environment = os.environ | (caching if cache else {})
     command = [sys.executable, __file__, function.__name__]
     return float(
         subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
@@ -72,7 +75,7 @@ def child(function: Callable[[], float], cache: str = "") -> float:
 
 
 def encoded() -> list[dict[str, Any]]:
-    """Drawn pictures as JPEG and their masks as PNG."""
+    """Synthetic images as JPEG and their masks as PNG."""
 
     def encode(array: Any, kind: str) -> bytes:
         stream = io.BytesIO()
@@ -126,14 +129,14 @@ def main() -> None:
             cold.append(child(compile_seconds))
             cached.append(child(compile_seconds, folder))
     print(f"compile, s: cold {statistics.median(cold):.1f} ({min(cold):.1f} to {max(cold):.1f})")
-    print(f"from the cache {statistics.median(cached):.1f} ({min(cached):.1f}-{max(cached):.1f})")
+    print(f"from the cache: {statistics.median(cached):.1f} ({min(cached):.1f}-{max(cached):.1f})")
     source = encoded()
     rates = {load: [] for load in (ours, torchs)}
     for i in range(ROUNDS):
         for load in (ours, torchs) if i % 2 == 0 else (torchs, ours):
             rates[load].append(rate(load, source))
-    for load, found in rates.items():
-        print(f"{load.__name__}: {statistics.median(found):.0f} pictures a second")
+    for load, values in rates.items():
+        print(f"{load.__name__}: {statistics.median(values):.0f} pictures per second")
     print(f"ours / torchs: {ratio(rates[ours], rates[torchs])}")
     print(f"memory at 1024x1024, batch 1: {child(gigabytes):.2f} GiB")
 

@@ -1,6 +1,6 @@
-"""The same network and step in PyTorch, as a user of it would write them.
+"""The tutorial's network and training in idiomatic PyTorch, as a worker.
 
-`python benchmarks/torch_peer.py eager|compile IMAGES`, asked by the conductor: see worker.py.
+`python benchmarks/torch_peer.py eager|compile IMAGES`; see worker.py.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def block(channels: int, features: int, rate: float) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """The article's network: [B, 3, H, W] in [0, 1] to logits [B, 1, H, W]."""
+    """The tutorial's network: [B, 3, H, W] in [0, 1] to logits [B, 1, H, W]."""
 
     def __init__(self):
         super().__init__()
@@ -62,7 +62,7 @@ class UNet(nn.Module):
 
 
 class Augmented(Dataset):
-    """uint8 [N, H, W, 3] and [N, H, W, 1], changed at random one by one."""
+    """Images uint8 [N, H, W, 3] and masks [N, H, W, 1], each pair augmented separately."""
 
     def __init__(self, image: np.ndarray, mask: np.ndarray):
         self.image, self.mask = image, mask
@@ -85,12 +85,12 @@ class Augmented(Dataset):
         return len(self.image)
 
     def __getitem__(self, i: int) -> list[np.ndarray]:
-        both = self.change(image=self.image[i], mask=self.mask[i])
-        return [np.moveaxis(both[key], -1, 0) for key in ("image", "mask")]
+        pair = self.change(image=self.image[i], mask=self.mask[i])
+        return [np.moveaxis(pair[key], -1, 0) for key in ("image", "mask")]
 
 
 def precise(precision: str):
-    """The context of a computation of this precision."""
+    """A context in which computations have this precision."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if precision == "bfloat16":
         return torch.autocast(DEVICE, dtype=torch.bfloat16)
@@ -98,21 +98,21 @@ def precise(precision: str):
 
 
 def ready(image: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, 3, H, W] to float on the device, channels last in memory."""
+    """Convert uint8 [B, 3, H, W] to float on the device, channels last in memory."""
     image = image.to(DEVICE, non_blocking=True).float() / 255
     return image.contiguous(memory_format=torch.channels_last)
 
 
 class Peer:
-    """Network, optimizer and pictures; `work` answers a question, see worker.py."""
+    """Network, optimizer and images; `work` performs a request, see worker.py."""
 
-    def __init__(self, how: str, images: int):
+    def __init__(self, mode: str, images: int):
         self.model = UNet().to(DEVICE, memory_format=torch.channels_last)
         assert sum(p.numel() for p in self.model.parameters()) == 11_707_729
         self.tx = torch.optim.Adam(self.model.parameters(), lr=1e-3, eps=1e-7, fused=True)
-        self.forward = torch.compile(self.model) if how == "compile" else self.model
+        self.forward = torch.compile(self.model) if mode == "compile" else self.model
         self.arrays = pictures(images)
-        self.held = [torch.from_numpy(x).permute(0, 3, 1, 2).to(DEVICE) for x in self.arrays]
+        self.resident = [torch.from_numpy(x).permute(0, 3, 1, 2).to(DEVICE) for x in self.arrays]
         self.loaders: dict[int, DataLoader] = {}
 
     def step(self, image: torch.Tensor, mask: torch.Tensor, precision: str) -> None:
@@ -143,7 +143,7 @@ class Peer:
         return self.loaders[batch]
 
     def work(self, kind: str, precision: str, batch: int, times: int) -> None:
-        image, mask = self.held
+        image, mask = self.resident
         for _ in range(times):
             if kind == "step":
                 self.step(image[:batch], mask[:batch], precision)
@@ -153,8 +153,8 @@ class Peer:
                 for index in torch.randperm(len(image)).split(batch):
                     self.step(image[index], mask[index], precision)
             else:
-                for part in self.loader(batch):
-                    self.step(*part, precision)
+                for augmented in self.loader(batch):
+                    self.step(*augmented, precision)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 

@@ -1,14 +1,14 @@
-"""A framework in a process of its own, which works each time that the conductor asks for it.
+"""Shared by the workers: each runs one framework in a separate process, driven by conductor.py.
 
-A question is a line "KIND PRECISION BATCH TIMES", such as "step bfloat16 32 20"; the answer a line
-of JSON: the seconds it took each time, and the peak memory so far. The kinds are
+A request is a line "KIND PRECISION BATCH TIMES", such as "step bfloat16 32 20". The answer is a
+line of JSON: the seconds per repetition, the peak memory so far, and the time of day. The kinds are
 
-    step        a training step on a batch that is there
-    infer       probabilities of a batch that is there
-    epoch       steps over a shuffled set of uint8 pictures
-    augmented   the same, and the pictures are changed at random
+    step        a training step on a batch already in memory
+    infer       probabilities of a batch already in memory
+    epoch       steps over a shuffled set of uint8 images
+    augmented   the same, with random augmentation
 
-and the precisions float32, tf32 (where a GPU has it) and bfloat16.
+and the precisions are float32, tf32 (on GPUs that have it) and bfloat16.
 """
 
 import json
@@ -23,7 +23,7 @@ SIZE = 256
 
 
 def pictures(n: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """Discs on checkered ground: uint8 [n, size, size, 3], masks of 0 and 1 [n, size, size, 1]."""
+    """Discs on checkered ground, uint8 [n, size, size, 3]; masks of 0 and 1 [n, size, size, 1]."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 156, (n, size // 8, size // 8, 3), np.uint8)
     y, x = np.mgrid[:size, :size]
@@ -37,11 +37,11 @@ def pictures(n: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
 def serve(
     work: Callable[[str, str, int, int], object], peak: Callable[[], int] | None = None
 ) -> None:
-    """Answer the questions on stdin until it ends.
+    """Answer the requests on stdin until it is closed.
 
     Args:
-        work: does (kind, precision, batch, times), and returns when the results are there.
-        peak: bytes; by default the process' largest resident set.
+        work: performs (kind, precision, batch, times), and returns once the results are computed.
+        peak: returns the peak memory in bytes; by default, the largest resident set of the process.
     """
     for line in sys.stdin:
         kind, precision, batch, times = line.split()

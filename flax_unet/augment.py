@@ -1,7 +1,7 @@
-"""Random changes of the training pictures, on the device: jitted, batched, image and mask as one.
+"""Random augmentation on the device: jitted and batched, each image together with its mask.
 
-An augmentation is a function `(key, image, mask) -> (image, mask)` of a batch. Each image has a key
-of its own, so it is changed alike whatever the batch around it.
+An augmentation is a function `(key, image, mask) -> (image, mask)` of a batch. Each image has its
+own key, so the result does not depend on the rest of the batch.
 """
 
 import math
@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from flax_unet.data import as_float
+from flax_unet.pictures import as_float
 
 Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
-# The share of each primary in grey: ITU-R BT.601, which Pillow's "L" follows.
+# Weights of red, green and blue in grey: ITU-R BT.601, as in Pillow's mode "L".
 LUMA = (0.299, 0.587, 0.114)
 
 
 def chain(*augments: Augment) -> Augment:
-    """The augmentations one after the other, each with randomness of its own."""
+    """Apply the augmentations in order, each with its own key."""
 
     def chained(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         for i, augment in enumerate(augments):
@@ -31,21 +31,20 @@ def chain(*augments: Augment) -> Augment:
 
 
 def random_flips(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mirror each image with its mask, left to right and top to bottom, with probability 1/2 each.
+    """Flip each image and its mask left to right and top to bottom, each with probability 1/2.
 
     Args:
         key: a PRNG key.
-        image: [B, H, W, C], of any type.
-        mask: [B, H, W, K], of any type.
+        image: [B, H, W, C], of any dtype.
+        mask: [B, H, W, K], of any dtype.
     """
 
-    def flip(key: jax.Array, x: jax.Array) -> jax.Array:
-        upside_down, mirrored = jax.random.bernoulli(key, shape=(2,))
-        x = jnp.where(upside_down, x[::-1], x)
-        return jnp.where(mirrored, x[:, ::-1], x)
+    def flip(flips: jax.Array, x: jax.Array) -> jax.Array:
+        x = jnp.where(flips[0], x[::-1], x)
+        return jnp.where(flips[1], x[:, ::-1], x)
 
-    keys = _keys(key, image)
-    return jax.vmap(flip)(keys, image), jax.vmap(flip)(keys, mask)
+    flips = jax.vmap(lambda key: jax.random.bernoulli(key, shape=(2,)))(_keys(key, image))
+    return jax.vmap(flip)(flips, image), jax.vmap(flip)(flips, mask)
 
 
 def random_affine(
@@ -59,32 +58,32 @@ def random_affine(
     shift: float = 0.1,
     elastic: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mirror, turn, scale, shear, shift and bend each image with its mask: one resampling.
+    """Flip, rotate, scale, shear, shift and bend each image and its mask in one resampling.
 
-    Either mirroring has probability 1/2, the rest is uniform. What comes from outside of the
-    picture is black, and no foreground.
+    Each of the two flips has probability 1/2; rotation, shear and shift are uniform. Pixels from
+    outside the image are black in the image and background in the mask.
 
     Args:
         key: a PRNG key.
         image: [B, H, W, C], uint8 or float in [0, 1].
         mask: [B, H, W, K] of 0 and 1.
-        rotation: degrees, at most, either way.
-        scale: at most this factor, and at least its inverse; uniform in the logarithm.
-        shear: degrees, at most, either way.
-        shift: share of the height and of the width, at most, either way.
-        elastic: share of the height and of the width, the standard deviation of the way by which
-            each knot of a 5x5 grid is moved; the rest follows smoothly (Simard, Steinkraus, Platt:
-            "Best Practices for Convolutional Neural Networks", ICDAR 2003, whose field is finer).
+        rotation: maximum in degrees, in either direction.
+        scale: maximum factor; its inverse is the minimum. Uniform in the logarithm.
+        shear: maximum in degrees, in either direction.
+        shift: maximum as a fraction of height and width, in either direction.
+        elastic: standard deviation, as a fraction of height and width, of the displacements of a
+            5x5 grid of knots, interpolated cubically in between. After Simard, Steinkraus, Platt:
+            "Best Practices for Convolutional Neural Networks", ICDAR 2003, who displace each pixel.
 
     Returns:
-        The image, float32 in [0, 1], and the mask, uint8: 1 where half of what is there was.
+        The image, float32 in [0, 1], and the mask, uint8: 1 where its resampled value is >= 0.5.
     """
 
     def bend(key: jax.Array, height: int, width: int) -> jax.Array:
         knots = jax.random.normal(key, (5, 5, 2)) * elastic * jnp.array([[[height, width]]])
         return jax.image.resize(knots, (height, width, 2), "cubic")
 
-    def one(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def per_image(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         height, width, channels = image.shape
         u = jax.random.uniform(key, (7,), minval=-1.0)
         matrix = affine(
@@ -94,11 +93,11 @@ def random_affine(
             shift=shift * u[5:] * jnp.array([height, width]),
         )
         both = jnp.concatenate([as_float(image), mask.astype(jnp.float32)], axis=-1)
-        way = bend(jax.random.fold_in(key, 1), height, width) if elastic else None
-        both = warp(both, matrix, way)
+        displacement = bend(jax.random.fold_in(key, 1), height, width) if elastic else None
+        both = warp(both, matrix, displacement)
         return both[..., :channels], (both[..., channels:] >= 0.5).astype(jnp.uint8)
 
-    return jax.vmap(one)(_keys(key, image), image, mask)
+    return jax.vmap(per_image)(_keys(key, image), image, mask)
 
 
 def affine(
@@ -108,52 +107,54 @@ def affine(
     shear: ArrayLike = 0.0,
     shift: ArrayLike = 0.0,
 ) -> jax.Array:
-    """The matrix for `warp` that scales a picture, shears, turns and shifts it, in this order.
+    """The matrix with which `warp` scales an image, then shears, rotates and shifts it.
 
     Args:
         rotation: degrees, counter-clockwise.
-        scale: the factor, or that of the rows and that of the columns; negative to mirror.
-        shear: degrees by which a vertical line leans, to the right below.
-        shift: pixels downwards and to the right.
+        scale: a factor, or one for rows and one for columns; negative factors flip.
+        shear: degrees by which a vertical line leans; positive moves its lower end to the right.
+        shift: pixels, or pixels down and pixels to the right.
 
     Returns:
         Float32 [2, 3].
     """
     angle, slope = jnp.deg2rad(rotation), jnp.tan(jnp.deg2rad(shear))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    # Written out, for accelerators round the factors of a matrix product.
+    # Elementwise, because accelerators round the operands of a matrix product.
     inverse = jnp.array([[cos, sin], [-sin - slope * cos, cos - slope * sin]])
     inverse = inverse / jnp.broadcast_to(jnp.asarray(scale), (2,))[:, None]
     offset = -(inverse * jnp.broadcast_to(jnp.asarray(shift), (2,))[None]).sum(1)
     return jnp.concatenate([inverse, offset[:, None]], axis=1)
 
 
-def warp(image: jax.Array, matrix: jax.Array, way: jax.Array | None = None) -> jax.Array:
-    """Resample a picture by an affine map, bilinearly, with zeros around it.
+def warp(image: jax.Array, matrix: jax.Array, displacement: jax.Array | None = None) -> jax.Array:
+    """Resample an image at affinely mapped positions, bilinearly, with zeros around the image.
 
     Args:
         image: float32 [H, W, C].
-        matrix: [2, 3]: the pixel at (row, column) is taken from matrix @ (row, column, 1), both
-            counted from the picture's centre.
-        way: [H, W, 2], rows and columns to be added to that place.
+        matrix: [2, 3]; the output pixel at (row, column) is sampled at matrix @ (row, column, 1).
+            Both positions are relative to the image centre.
+        displacement: [H, W, 2], rows and columns added to each sampling position.
 
     Returns:
         Float32 [H, W, C].
     """
     height, width, _ = image.shape
-    middle = (height - 1) / 2, (width - 1) / 2
-    row = jnp.arange(height)[:, None] - middle[0]
-    column = jnp.arange(width)[None] - middle[1]
+    centre = (height - 1) / 2, (width - 1) / 2
+    row = jnp.arange(height)[:, None] - centre[0]
+    column = jnp.arange(width)[None] - centre[1]
 
-    def position(axis: int, size: int) -> tuple[jax.Array, jax.Array]:
-        """The pixel before the point, counted in the padded picture, and the way on to the next."""
+    def sample(axis: int, size: int) -> tuple[jax.Array, jax.Array]:
+        """Index in `padded` of the pixel before the position, and the fraction beyond it."""
         a, b, c = matrix[axis]
-        at = a * row + b * column + c + middle[axis]
-        at = jnp.clip(at if way is None else at + way[..., axis], -1, size) + 1
-        before = jnp.floor(at)
-        return before.astype(jnp.int32), (at - before)[..., None]
+        position = a * row + b * column + c + centre[axis]
+        if displacement is not None:
+            position = position + displacement[..., axis]
+        position = jnp.clip(position, -1, size) + 1
+        before = jnp.floor(position)
+        return before.astype(jnp.int32), (position - before)[..., None]
 
-    (y, dy), (x, dx) = position(0, height), position(1, width)
+    (y, dy), (x, dx) = sample(0, height), sample(1, width)
     padded = jnp.pad(image, ((1, 2), (1, 2), (0, 0)))
 
     def pixel(y: jax.Array, x: jax.Array) -> jax.Array:
@@ -174,20 +175,20 @@ def random_colour(
     saturation: float = 0.2,
     hue: float = 10.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Change the colours of each image, uniformly; its mask stays.
+    """Change the colours of each image, uniformly at random.
 
     Args:
         key: a PRNG key.
         image: [B, H, W, 3], uint8 or float in [0, 1].
-        mask: anything.
-        brightness, contrast, saturation: the factors are 1 plus or minus this, at most.
-        hue: degrees, at most, either way.
+        mask: returned unchanged.
+        brightness, contrast, saturation: maximum difference of the factor from 1.
+        hue: maximum in degrees, in either direction.
 
     Returns:
         The image, float32 in [0, 1], and the mask.
     """
 
-    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+    def per_image(key: jax.Array, image: jax.Array) -> jax.Array:
         u = jax.random.uniform(key, (4,), minval=-1.0)
         return recolour(
             image,
@@ -197,7 +198,7 @@ def random_colour(
             hue=hue * u[3],
         )
 
-    return jax.vmap(one)(_keys(key, image), as_float(image)), mask
+    return jax.vmap(per_image)(_keys(key, image), as_float(image)), mask
 
 
 def recolour(
@@ -208,27 +209,27 @@ def recolour(
     saturation: ArrayLike = 1.0,
     hue: ArrayLike = 0.0,
 ) -> jax.Array:
-    """Change brightness, contrast, saturation and hue, in this order, by one matrix.
+    """Change brightness, contrast, saturation and hue, in this order, with one colour matrix.
 
-    The first three mix the image with black, with its mean grey and with its own grey, as Pillow's
-    `ImageEnhance` does; hue turns the colours about the grey axis (Rodrigues' formula).
+    The first three blend the image with black, its mean grey and its greyscale version, as Pillow's
+    `ImageEnhance` does. Hue rotates the colours about the grey axis (Rodrigues' formula).
 
     Args:
         image: float32 [H, W, 3] in [0, 1].
-        brightness, contrast, saturation: factors; 1 changes nothing, 0 leaves black or grey.
-        hue: degrees; 120 makes red green, green blue and blue red.
+        brightness, contrast, saturation: factors; 1 changes nothing, 0 leaves only black or grey.
+        hue: degrees; 120 turns red into green, green into blue and blue into red.
 
     Returns:
         Float32 [H, W, 3], clipped to [0, 1].
     """
     luma = jnp.array(LUMA)
     cos, sin = jnp.cos(jnp.deg2rad(hue)), jnp.sin(jnp.deg2rad(hue)) / 3**0.5
-    same, before, after = cos + (1 - cos) / 3, (1 - cos) / 3 - sin, (1 - cos) / 3 + sin
-    turn = jnp.array([[same, before, after], [after, same, before], [before, after, same]])
-    # turn @ (saturation * identity + (1 - saturation) * grey), and turn leaves grey as it is
-    matrix = saturation * turn + (1 - saturation) * jnp.broadcast_to(luma[None], (3, 3))
+    main, right, left = cos + (1 - cos) / 3, (1 - cos) / 3 - sin, (1 - cos) / 3 + sin
+    rotation = jnp.array([[main, right, left], [left, main, right], [right, left, main]])
+    # rotation @ (saturation * identity + (1 - saturation) * grey), where rotation @ grey is grey
+    matrix = saturation * rotation + (1 - saturation) * jnp.broadcast_to(luma[None], (3, 3))
     mean_grey = brightness * (image.mean((0, 1)) * luma).sum()
-    # Written out, for accelerators round the factors of a matrix product.
+    # Elementwise, because accelerators round the operands of a matrix product.
     mixed = (image[..., None, :] * (brightness * contrast * matrix)[None, None]).sum(-1)
     return jnp.clip(mixed + (1 - contrast) * mean_grey, 0, 1)
 
@@ -236,46 +237,46 @@ def recolour(
 def random_blur(
     key: jax.Array, image: jax.Array, mask: jax.Array, *, sigma: float = 1.5
 ) -> tuple[jax.Array, jax.Array]:
-    """Blur every second image, on average; its mask stays.
+    """Blur each image with probability 1/2.
 
     Args:
         key: a PRNG key.
         image: [B, H, W, C], uint8 or float in [0, 1].
-        mask: anything.
-        sigma: pixels, at most, uniform from 0: see `blur`.
+        mask: returned unchanged.
+        sigma: maximum in pixels, uniform from 0; see `blur`.
 
     Returns:
         The image, float32 in [0, 1], and the mask.
     """
 
-    def one(key: jax.Array, image: jax.Array) -> jax.Array:
-        return blur(image, sigma * _half(key), radius=math.ceil(2 * sigma))
+    def per_image(key: jax.Array, image: jax.Array) -> jax.Array:
+        return blur(image, sigma * _zero_or_uniform(key), radius=math.ceil(2 * sigma))
 
-    return jax.vmap(one)(_keys(key, image), as_float(image)), mask
+    return jax.vmap(per_image)(_keys(key, image), as_float(image)), mask
 
 
 def blur(image: jax.Array, sigma: ArrayLike, *, radius: int) -> jax.Array:
-    """Convolve with a Gaussian, the borders repeated.
+    """Convolve an image with a Gaussian, repeating the border pixels.
 
     Args:
         image: float32 [H, W, C].
-        sigma: pixels; 0 changes nothing.
-        radius: pixels to either side after which the Gaussian is cut off.
+        sigma: standard deviation in pixels; 0 changes nothing.
+        radius: pixels on either side at which the Gaussian is cut off.
 
     Returns:
         Float32 [H, W, C].
     """
     distance = jnp.arange(-radius, radius + 1)
-    # By a sigma of 0 nothing can be divided; of this one only the middle is left.
+    # 1e-6 avoids a division by 0 and leaves only the centre tap.
     weight = jnp.exp(-0.5 * (distance / jnp.maximum(sigma, 1e-6)) ** 2)
     weight = weight / weight.sum()
     for axis in (0, 1):
         size, pad = image.shape[axis], [(0, 0)] * 3
         pad[axis] = (radius, radius)
-        wide = jnp.pad(image, pad, mode="edge")
-        # Shifted sums: few taps, and quicker than a depthwise convolution on a CPU.
+        padded = jnp.pad(image, pad, mode="edge")
+        # A sum of shifted slices: with few taps, faster on a CPU than a depthwise convolution.
         taps = [
-            weight[i] * jax.lax.slice_in_dim(wide, i, i + size, axis=axis)
+            weight[i] * jax.lax.slice_in_dim(padded, i, i + size, axis=axis)
             for i in range(2 * radius + 1)
         ]
         image = jnp.stack(taps).sum(0)
@@ -285,45 +286,45 @@ def blur(image: jax.Array, sigma: ArrayLike, *, radius: int) -> jax.Array:
 def random_noise(
     key: jax.Array, image: jax.Array, mask: jax.Array, *, deviation: float = 0.05
 ) -> tuple[jax.Array, jax.Array]:
-    """Add Gaussian noise to every second image, on average; its mask stays.
+    """Add Gaussian noise to each image with probability 1/2.
 
     Args:
         key: a PRNG key.
         image: [B, H, W, C], uint8 or float in [0, 1].
-        mask: anything.
-        deviation: the noise's standard deviation, at most, uniform from 0.
+        mask: returned unchanged.
+        deviation: maximum standard deviation of the noise, uniform from 0.
 
     Returns:
         The image, float32 in [0, 1], and the mask.
     """
 
-    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+    def per_image(key: jax.Array, image: jax.Array) -> jax.Array:
         noise = jax.random.normal(jax.random.fold_in(key, 1), image.shape)
-        return jnp.clip(image + deviation * _half(key) * noise, 0, 1)
+        return jnp.clip(image + deviation * _zero_or_uniform(key) * noise, 0, 1)
 
-    return jax.vmap(one)(_keys(key, image), as_float(image)), mask
+    return jax.vmap(per_image)(_keys(key, image), as_float(image)), mask
 
 
 def random_cutout(
     key: jax.Array, image: jax.Array, mask: jax.Array, *, side: float = 0.3
 ) -> tuple[jax.Array, jax.Array]:
-    """Paint a rectangle of every second image, on average, in its mean colour; its mask stays.
+    """Fill a rectangle of each image with the image's mean colour, with probability 1/2.
 
     DeVries, Taylor: "Improved Regularization of Convolutional Neural Networks with Cutout", 2017.
 
     Args:
         key: a PRNG key.
         image: [B, H, W, C], uint8 or float in [0, 1].
-        mask: anything.
-        side: of the rectangle, share of the height and of the width, at most.
+        mask: returned unchanged.
+        side: maximum sides of the rectangle as a fraction of height and width.
 
     Returns:
         The image, float32 in [0, 1], and the mask.
     """
 
-    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+    def per_image(key: jax.Array, image: jax.Array) -> jax.Array:
         u = jax.random.uniform(key, (4,))
-        size = side * u[:2] * (_half(jax.random.fold_in(key, 1)) > 0)
+        size = side * u[:2] * (_zero_or_uniform(jax.random.fold_in(key, 1)) > 0)
         inside = [
             abs(jnp.arange(n) + 0.5 - n * u[2 + axis]) < n * size[axis] / 2
             for axis, n in enumerate(image.shape[:2])
@@ -331,14 +332,14 @@ def random_cutout(
         hidden = inside[0][:, None, None] & inside[1][None, :, None]
         return jnp.where(hidden, image.mean((0, 1), keepdims=True), image)
 
-    return jax.vmap(one)(_keys(key, image), as_float(image)), mask
+    return jax.vmap(per_image)(_keys(key, image), as_float(image)), mask
 
 
-def _half(key: jax.Array) -> jax.Array:
-    """0 with probability 1/2, else uniform in [0, 1)."""
+def _zero_or_uniform(key: jax.Array) -> jax.Array:
+    """0 with probability 1/2, otherwise uniform in [0, 1)."""
     return jnp.maximum(jax.random.uniform(key, minval=-1.0), 0)
 
 
 def _keys(key: jax.Array, image: jax.Array) -> jax.Array:
-    """A key for each image of a batch, which depends on its place alone."""
+    """One key per image, derived from its index in the batch."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(image)))

@@ -1,8 +1,8 @@
-"""How far the outline of a prediction lies from the true one, in pixels.
+"""Distances between the outlines of a predicted and a true mask, in pixels.
 
-The outline of a mask are its pixels that have one of their four neighbours outside of it or of the
-picture; what MONAI measures is the same. Reinke et al., "Understanding metric-related pitfalls in
-image analysis validation", Nature Methods 2024, says what each figure hides.
+The outline of a mask is the set of its pixels with a 4-neighbour outside the mask or outside the
+image, as in MONAI. Reinke et al.: "Understanding metric-related pitfalls in image analysis
+validation", Nature Methods 2024, describes what each metric hides.
 """
 
 from typing import NamedTuple
@@ -13,16 +13,16 @@ from scipy.spatial import KDTree
 
 
 class Distances(NamedTuple):
-    """From each pixel of one outline to the nearest of the other, in pixels: float64 [N], [M]."""
+    """From each pixel of an outline to the nearest of the other, in pixels: float64 [N], [M]."""
 
     predicted: np.ndarray
     true: np.ndarray
 
 
 def distances(predicted: np.ndarray, true: np.ndarray) -> Distances | None:
-    """The distances between the outlines of two masks, or None if both are empty.
+    """Distances between the outlines of two masks, or None if both masks are empty.
 
-    If one alone is empty there is nothing to measure to: every distance is the picture's diagonal.
+    If only one mask is empty, every distance is the diagonal of the image.
 
     Args:
         predicted, true: bool, or 0 and 1, [H, W].
@@ -32,7 +32,7 @@ def distances(predicted: np.ndarray, true: np.ndarray) -> Distances | None:
     """
     if np.shape(predicted) != np.shape(true) or np.ndim(true) != 2:
         raise ValueError(
-            f"masks have shapes {np.shape(predicted)} and {np.shape(true)}: both must be [H, W]"
+            f"masks {np.shape(predicted)} and {np.shape(true)} must have the same shape [H, W]"
         )
     outlines = [_outline(np.asarray(mask, bool)) for mask in (predicted, true)]
     if not any(map(len, outlines)):
@@ -49,21 +49,26 @@ def _outline(mask: np.ndarray) -> np.ndarray:
 
 
 def hd95(d: Distances | None) -> float:
-    """The larger of the two 95th percentiles; 0 where both masks are empty.
+    """The larger of the 95th percentiles of both directions, in pixels; 0 if both masks are empty.
 
     Huttenlocher, Klanderman, Rucklidge: "Comparing Images Using the Hausdorff Distance", PAMI 1993,
-    has the maximum instead, which one stray pixel decides.
+    uses the maximum, which a single stray pixel can determine.
+
+    >>> predicted, true = np.zeros((2, 20, 20), bool)
+    >>> predicted[5:10, 5:10] = true[5:10, 8:13] = True  # a square, and the same 3 pixels right
+    >>> hd95(distances(predicted, true))
+    3.0
     """
-    return 0.0 if d is None else float(max(np.percentile(part, 95) for part in d if len(part)))
+    return 0.0 if d is None else float(max(np.percentile(x, 95) for x in d if len(x)))
 
 
 def assd(d: Distances | None) -> float:
-    """The mean of all distances of both outlines (average symmetric surface distance), or 0."""
+    """Average symmetric surface distance: the mean over both outlines; 0 if both are empty."""
     return 0.0 if d is None else float(np.concatenate(d).mean())
 
 
 def surface_dice(d: Distances | None, tolerance: float) -> float:
-    """The share of both outlines at most so many pixels from the other; 1 if both are empty.
+    """Fraction of both outlines within `tolerance` pixels of the other; 1 if both are empty.
 
     Nikolov et al.: "Clinically Applicable Segmentation of Head and Neck Anatomy", JMIR 2021.
     """

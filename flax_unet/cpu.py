@@ -1,6 +1,7 @@
-"""What XLA must be told, or given in another form, to be fast on a CPU.
+"""XLA on a CPU: compiler options, and equal formulations that it compiles to faster code.
 
-Measured on two cores of an AMD EPYC; on other backends nothing here changes anything.
+Measured on two cores of an AMD EPYC. The form is chosen for the platform that a program is lowered
+for; other platforms get XLA's own convolutions.
 """
 
 from functools import cache, partial, reduce
@@ -12,22 +13,22 @@ import jax.numpy as jnp
 
 @cache
 def compiler_options() -> dict[str, str]:
-    """What XLA should be told on this backend.
+    """Compiler options for the default backend.
 
-    On jax 0.10 the CPU backend hands convolutions to YNN, which takes 1.5 to 4 times as long as
-    Eigen for all but the narrowest layers: leave YNN the matrix products and the sums, which it
-    does 3 to 12 times as quickly as XLA itself. And it removes the barriers that keep what `remat`
-    computes again from being merged with what was computed first, and what `depthwise` reads many
-    times from being computed as often.
+    On jax 0.10 XLA's CPU backend passes convolutions to YNN, which is 1.5 to 4 times slower than
+    Eigen except for the narrowest layers. So YNN gets only matrix products and reductions, which it
+    computes 3 to 12 times faster than XLA does. The backend also removes optimization barriers.
+    They must stay: without them XLA merges what `remat` recomputes with the first computation, and
+    recomputes the operands of `depthwise`'s gradient for every tap.
     """
     if jax.default_backend() != "cpu":
         return {}
     options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-    of_ynn = ("LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "LIBRARY_FUSION_TYPE_REDUCE")
-    ynn = {"xla_cpu_experimental_ynn_fusion_type": ",".join(of_ynn)}
+    fusions = ("LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "LIBRARY_FUSION_TYPE_REDUCE")
+    ynn = {"xla_cpu_experimental_ynn_fusion_type": ",".join(fusions)}
     try:
         jax.jit(lambda: 0, compiler_options=ynn).lower().compile()
-    except Exception:  # an older or newer XLA that knows no such flag: its type differs by version
+    except Exception:  # this XLA does not know the flag; the exception's type differs by version
         return options
     return options | ynn
 
@@ -35,22 +36,27 @@ def compiler_options() -> dict[str, str]:
 def convolve(
     image: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, which `flax.linen.Conv` calls, by the quickest way.
+    """`jax.lax.conv_general_dilated`, for `flax.linen.Conv`.
 
-    Eigen gathers the windows of a picture of three channels number by number. With two pixels of a
-    row taken as one of six channels its runs are longer, and it computes two results at a time.
+    With few channels, Eigen's im2col copies one number at a time. On a CPU, two neighbouring pixels
+    of a row are therefore taken as one of twice the channels, which also yields two outputs per
+    window.
     """
-    few, even = image.shape[-1] < 8, image.shape[-2] % 2 == 0
-    plain = kernel.shape[:2] == (3, 3) and padding == "SAME" and set(strides) == {1}
-    if jax.default_backend() == "cpu" and few and even and plain:
-        return _convolve_pairs(image, kernel)
-    return jax.lax.conv_general_dilated(image, kernel, strides, padding, **options)
+
+    def general(image: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(image, kernel, strides, padding, **options)
+
+    same_3x3 = kernel.shape[:2] == (3, 3) and padding == "SAME" and set(strides) == {1}
+    if same_3x3 and image.shape[-1] < 8 and image.shape[-2] % 2 == 0:
+        return jax.lax.platform_dependent(image, kernel, cpu=_convolve_pairs, default=general)
+    return general(image, kernel)
 
 
 def _convolve_pairs(image: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The 'same' convolution of [B, H, W, C], W even, with [3, 3, C, F]: [B, H, W, F].
+    """'Same' convolution of [B, H, W, C], W even, with [3, 3, C, F]: [B, H, W, F].
 
-    Of the pairs (pixel 2j - 1, pixel 2j), two neighbours hold the windows of pixels 2j and 2j + 1.
+    Pair j holds the pixels 2j - 1 and 2j of a row. Pairs j and j + 1 contain the windows, 3 pixels
+    wide, of the pixels 2j and 2j + 1.
     """
     b, h, w, c = image.shape
     pairs = jnp.pad(image, ((0, 0), (0, 0), (1, 1), (0, 0))).reshape(b, h, w // 2 + 1, 2 * c)
@@ -62,29 +68,14 @@ def _convolve_pairs(image: jax.Array, kernel: jax.Array) -> jax.Array:
     return result.reshape(b, h, w, -1)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def sums(arrays: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
-    """The sums of float32 arrays of one shape over axes, in one pass.
-
-    XLA makes one for each array, which takes 3 times as long for the nine products of `depthwise`'s
-    gradient: YNN does not take them.
-    """
-    nothing = [jnp.zeros((), jnp.float32)] * len(arrays)
-    return list(jax.lax.reduce(arrays, nothing, partial(jax.tree.map, jnp.add), axes))
-
-
-@sums.defjvp
-def _(axes: tuple[int, ...], arrays: Any, tangents: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-    return sums(arrays[0], axes), [x.sum(axes) for x in tangents[0]]
-
-
 def depthwise(image: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """The 'same' convolution of each channel alone: [B, H, W, C], [K, K, 1, C] to [B, H/s, W/s, C].
+    """'Same' convolution per channel: [B, H, W, C] with [K, K, 1, C] to [B, H/s, W/s, C].
 
-    H and W are multiples of the stride. XLA's grouped convolution takes 10 to 40 times as long on a
-    CPU as the sum of the shifted products.
+    H and W are multiples of the stride. On a CPU it is a sum of shifted products, because XLA's
+    grouped convolution is 10 to 40 times slower there.
     """
-    if jax.default_backend() != "cpu":
+
+    def grouped(image: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(
             image,
             kernel,
@@ -93,40 +84,58 @@ def depthwise(image: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=image.shape[-1],
         )
-    return _sum_of_shifts(image, kernel, stride)
+
+    shifted = partial(_sum_of_shifts, stride)
+    return jax.lax.platform_dependent(image, kernel, cpu=shifted, default=grouped)
 
 
 def _shifts(image: jax.Array, size: int, stride: int) -> list[jax.Array]:
-    """What each tap of a 'same' convolution sees, size x size arrays [B, H/s, W/s, C]."""
+    """What each tap of a 'same' convolution reads: size x size arrays [B, H/s, W/s, C]."""
     _, h, w, _ = image.shape
     pads = (size - stride) // 2, size - stride - (size - stride) // 2
-    wide = jnp.pad(image, ((0, 0), pads, pads, (0, 0)))
+    padded = jnp.pad(image, ((0, 0), pads, pads, (0, 0)))
     taps = [(u, v) for u in range(size) for v in range(size)]
-    return [wide[:, u : u + h : stride, v : v + w : stride] for u, v in taps]
+    return [padded[:, u : u + h : stride, v : v + w : stride] for u, v in taps]
 
 
-def _plain_sum(image: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def _plain_sum(stride: int, image: jax.Array, kernel: jax.Array) -> jax.Array:
     taps = kernel.reshape(-1, 1, 1, kernel.shape[-1])
     shifts = _shifts(image, len(kernel), stride)
     return reduce(jnp.add, [x * tap[None] for x, tap in zip(shifts, taps, strict=True)])
 
 
-_sum_of_shifts = jax.custom_vjp(_plain_sum, nondiff_argnums=(2,))
+_sum_of_shifts = jax.custom_vjp(_plain_sum, nondiff_argnums=(0,))
 
 
-def _forward(image: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, Any]:
-    return _plain_sum(image, kernel, stride), (image, kernel)
+def _forward(stride: int, image: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
+    return _plain_sum(stride, image, kernel), (image, kernel)
 
 
-def _backward(stride: int, kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Without barriers XLA computes what these are made of anew for each of the taps, and so it does
-    # for the sums of the norm that reads the result: a training step takes 2.3 times as long.
-    image, kernel, gradient = jax.lax.optimization_barrier((*kept, gradient))
-    _, pull = jax.vjp(lambda image: _plain_sum(image, kernel, stride), image)
-    (of_image,) = jax.lax.optimization_barrier(pull(gradient))
+def _backward(stride: int, residuals: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Without the barriers XLA recomputes these operands for every tap, and again for the sums of
+    # the norm that follows: a training step takes 2.3 times as long.
+    image, kernel, gradient = jax.lax.optimization_barrier((*residuals, gradient))
+    _, pull = jax.vjp(lambda image: _plain_sum(stride, image, kernel), image)
+    (image_gradient,) = jax.lax.optimization_barrier(pull(gradient))
     products = [gradient.astype(jnp.float32) * x for x in _shifts(image, len(kernel), stride)]
     taps = jnp.stack(sums(products, (0, 1, 2)))
-    return of_image, taps.reshape(kernel.shape).astype(kernel.dtype)
+    return image_gradient, taps.reshape(kernel.shape).astype(kernel.dtype)
 
 
 _sum_of_shifts.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def sums(arrays: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
+    """Sums of float32 arrays of equal shape over `axes`, in one pass.
+
+    XLA would emit one reduction per array, 3 times slower for the nine products of `depthwise`'s
+    gradient; YNN does not take those.
+    """
+    zeros = [jnp.zeros((), jnp.float32)] * len(arrays)
+    return list(jax.lax.reduce(arrays, zeros, partial(jax.tree.map, jnp.add), axes))
+
+
+@sums.defjvp
+def _(axes: tuple[int, ...], arrays: Any, tangents: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    return sums(arrays[0], axes), [x.sum(axes) for x in tangents[0]]

@@ -1,4 +1,4 @@
-"""Pictures of predictions (Pillow) and learning curves (matplotlib)."""
+"""Pictures: predictions (Pillow), learning curves and reliability diagrams (matplotlib)."""
 
 import os
 from collections.abc import Sequence
@@ -10,37 +10,37 @@ from scipy import ndimage
 
 from flax_unet.metrics import Reliability
 
-TRUE, PREDICTED = (0, 220, 90), (255, 40, 160)  # green and magenta: told apart by the colour-blind
+TRUE, PREDICTED = (0, 220, 90), (255, 40, 160)  # green, magenta: safe for the colour-blind
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """The pixels of a mask [H, W] that touch its outside, two pixels wide: bool [H, W]."""
+    """The border of a mask [H, W], two pixels wide, open at the image's edge: bool [H, W]."""
     mask = np.asarray(mask, bool)
     return mask & ~np.asarray(ndimage.binary_erosion(mask, iterations=2, border_value=1), bool)
 
 
 def overlay(image: np.ndarray, proba: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """The image with the prediction over it at alpha 0.5, and the true outline in green.
+    """Blend a prediction into the image in magenta, and draw the true outline in green.
 
     Args:
         image: uint8 [H, W, 3].
-        proba: probabilities [H, W] in [0, 1]; where they are 0 the image shows as it is.
-        mask: the true mask [H, W], if it is known.
+        proba: [H, W] in [0, 1]; the opacity is half of it.
+        mask: the true mask [H, W], if known.
 
     Returns:
         uint8 [H, W, 3].
     """
     alpha = 0.5 * np.asarray(proba, np.float32)[..., None]
-    mixed = image * (1 - alpha) + np.array(PREDICTED, np.float32) * alpha
+    blended = image * (1 - alpha) + np.array(PREDICTED, np.float32) * alpha
     if mask is not None:
-        mixed[outline(mask)] = TRUE
-    return mixed.round().astype(np.uint8)
+        blended[outline(mask)] = TRUE
+    return blended.round().astype(np.uint8)
 
 
 def panels(image: np.ndarray, proba: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     """The tutorial's three panels side by side: image, probabilities, overlay.
 
-    Args and units as for `overlay`.
+    For the arguments see `overlay`.
 
     Returns:
         uint8 [H, 3 W, 3].
@@ -51,27 +51,27 @@ def panels(image: np.ndarray, proba: np.ndarray, mask: np.ndarray | None = None)
 
 
 def save_sheet(path: str | os.PathLike, rows: Sequence[np.ndarray]) -> None:
-    """Write pictures [H, W, 3] of one size under each other as a PNG."""
+    """Save images of equal shape, uint8 [H, W, 3], in one column as a PNG."""
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
 def save_curves(path: str | os.PathLike, history: Sequence[dict[str, Any]]) -> None:
-    """Write the learning curves as a PNG: loss, and Dice per image, of training and validation.
+    """Save the learning curves of training and validation, loss and Dice per image, as a PNG.
 
     Args:
         path: the file.
-        history: the lines of `metrics.jsonl`, one an epoch.
+        history: the records of `metrics.jsonl`, one per epoch.
     """
-    from matplotlib.figure import Figure  # slow to import, and only wanted here
+    from matplotlib.figure import Figure  # slow to import, and rarely needed
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    epochs = [line["epoch"] for line in history]
+    epochs = [record["epoch"] for record in history]
     titles = {"loss": "loss", "dice_per_image": "Dice, mean over images"}
     loss, dice = figure.subplots(1, 2)
     dice.set_ylim(0, 1)
     for axes, (key, title) in zip((loss, dice), titles.items(), strict=True):
-        axes.plot(epochs, [line[key] for line in history], label="training")
-        axes.plot(epochs, [line[f"val_{key}"] for line in history], label="validation")
+        axes.plot(epochs, [record[key] for record in history], label="training")
+        axes.plot(epochs, [record[f"val_{key}"] for record in history], label="validation")
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -79,24 +79,24 @@ def save_curves(path: str | os.PathLike, history: Sequence[dict[str, Any]]) -> N
 
 
 def save_reliability(path: str | os.PathLike, reliability: Reliability) -> None:
-    """Write, as a PNG, how often what is claimed with some probability is there.
+    """Save a reliability diagram as a PNG.
 
-    Above, the share of foreground among the pixels of each part of [0, 1] over their mean
-    probability, which are equal in a calibrated model; below, the pixels' number.
+    The upper plot shows each bin's fraction of foreground over its mean probability: equal, if the
+    model is calibrated. The lower plot shows the number of pixels per bin. Empty bins are left out.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5, 5), layout="constrained")
-    share, number = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    some = reliability.n > 0
-    n, claimed, found = (x[some] for x in reliability)
-    share.plot([0, 1], [0, 1], color="0.7", label="calibrated")
-    share.plot(claimed / n, found / n, marker="o", label="this model")
-    share.set(ylabel="share of foreground", xlim=(0, 1), ylim=(0, 1))
-    share.legend()
-    width = 1 / len(some)
-    number.bar((np.arange(len(some))[some] + 0.5) * width, n, 0.9 * width)
+    fraction, number = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    filled = reliability.pixels > 0
+    count, probability_sum, positives = (x[filled] for x in reliability)
+    fraction.plot([0, 1], [0, 1], color="0.7", label="calibrated")
+    fraction.plot(probability_sum / count, positives / count, marker="o", label="this model")
+    fraction.set(ylabel="fraction of foreground", xlim=(0, 1), ylim=(0, 1))
+    fraction.legend()
+    width = 1 / len(filled)
+    number.bar((np.flatnonzero(filled) + 0.5) * width, count, 0.9 * width)
     number.set(xlabel="probability", ylabel="pixels", yscale="log")
-    for axes in (share, number):
+    for axes in (fraction, number):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -1,11 +1,11 @@
-"""Figures of a prediction. Counts add, ratios do not: count first, add, divide once.
+"""Segmentation metrics. Counts add up over images, ratios do not: count, add, then divide once.
 
-    counts = confusion(logits, labels)        # an entry an image
-    dice(counts).mean()                       # Dice per image
+    counts = confusion(logits, labels)        # [B, C], per image and class
+    dice(counts).mean()                       # Dice per image, averaged
     dice(pooled(counts))                      # Dice of all pixels together
 
-All of it works on NumPy and JAX arrays alike. A ratio 0 / 0 is 1: nothing was there and nothing
-was claimed, so nothing is wrong.
+The metrics accept NumPy and JAX arrays. A ratio 0 / 0 is 1: nothing was there and nothing was
+predicted, so nothing is wrong.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from flax_unet.losses import same_shape
 
 
 class Confusion(NamedTuple):
-    """Numbers of pixels: true and false positives, false and true negatives."""
+    """Pixel counts: true and false positives, false and true negatives."""
 
     tp: Any
     fp: Any
@@ -28,76 +28,81 @@ class Confusion(NamedTuple):
 
 
 def confusion(logits: jax.Array, labels: jax.Array) -> Confusion:
-    """Count each image's pixels, a pixel being positive where its logit is (probability > 0.5).
+    """Count the pixels of each image; a positive logit predicts foreground (probability > 0.5).
+
+    >>> logits = jnp.array([2.0, 1.0, -1.0, -3.0]).reshape(1, 2, 2, 1)
+    >>> counts = confusion(logits, jnp.array([1, 0, 1, 0]).reshape(1, 2, 2, 1))
+    >>> [int(count[0, 0]) for count in counts], float(dice(counts)[0, 0])
+    ([1, 1, 1, 1], 0.5)
 
     Args:
         logits: [B, H, W, C].
-        labels: [B, H, W, C], positive above 0.5.
+        labels: [B, H, W, C], foreground above 0.5.
 
     Returns:
-        Int32 [B, C] each.
+        Counts, each int32 [B, C].
 
     Raises:
         ValueError: the shapes differ.
     """
     same_shape(logits, labels)
-    positive, true = logits > 0, labels > 0.5
+    predicted, true = logits > 0, labels > 0.5
 
     def count(pixels: jax.Array) -> jax.Array:
         return pixels.sum((1, 2), dtype=jnp.int32)
 
     return Confusion(
-        tp=count(positive & true),
-        fp=count(positive & ~true),
-        fn=count(~positive & true),
-        tn=count(~positive & ~true),
+        tp=count(predicted & true),
+        fp=count(predicted & ~true),
+        fn=count(~predicted & true),
+        tn=count(~predicted & ~true),
     )
 
 
 def pooled(counts: Confusion) -> Confusion:
-    """The sum over the images [N, C] -> [C], in 64 bits: a data set has more than 2^31 pixels."""
+    """Sum over images, [N, C] -> [C], in 64 bits: a data set can have more than 2^31 pixels."""
     return Confusion(*(np.asarray(count).sum(0, dtype=np.int64) for count in counts))
 
 
-def _ratio(part: Any, whole: Any) -> Any:
-    return (part + (whole == 0)) / (whole + (whole == 0))
+def _ratio(numerator: Any, denominator: Any) -> Any:
+    return (numerator + (denominator == 0)) / (denominator + (denominator == 0))
 
 
 def dice(c: Confusion) -> Any:
-    """2 TP / (2 TP + FP + FN), of each entry."""
+    """2 TP / (2 TP + FP + FN), elementwise."""
     return _ratio(2 * c.tp, 2 * c.tp + c.fp + c.fn)
 
 
 def iou(c: Confusion) -> Any:
-    """TP / (TP + FP + FN), of each entry."""
+    """TP / (TP + FP + FN), elementwise."""
     return _ratio(c.tp, c.tp + c.fp + c.fn)
 
 
 def precision(c: Confusion) -> Any:
-    """TP / (TP + FP), of each entry."""
+    """TP / (TP + FP), elementwise."""
     return _ratio(c.tp, c.tp + c.fp)
 
 
 def recall(c: Confusion) -> Any:
-    """TP / (TP + FN), of each entry."""
+    """TP / (TP + FN), elementwise."""
     return _ratio(c.tp, c.tp + c.fn)
 
 
 def accuracy(c: Confusion) -> Any:
-    """(TP + TN) / all, of each entry."""
+    """(TP + TN) / (TP + FP + FN + TN), elementwise."""
     return _ratio(c.tp + c.tn, c.tp + c.fp + c.fn + c.tn)
 
 
 def iou_coef(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> jax.Array:
-    """The tutorial's `iou_coef`: (I + 100) / (S - I + 100), soft and of the whole batch.
+    """The tutorial's `iou_coef`: (I + 100) / (S - I + 100), soft and over the entire batch.
 
-    I = sum(y p) and S = sum(y + p), p the probabilities. Keras reports its mean over batches, each
-    counting the same, however small. It is no measure of quality: compare `iou`.
+    I = sum(y p) and S = sum(y + p) with probabilities p. Keras reports the unweighted mean over
+    batches, even if the last one is smaller. To measure quality, use `iou`.
 
     Args:
         logits: [B, H, W, C].
         labels: [B, H, W, C] in [0, 1].
-        weight: [B], 0 for an image that only fills the batch.
+        weight: [B], 0 for images that pad the batch.
 
     Returns:
         Float32 scalar in (0, 1].
@@ -117,12 +122,12 @@ def summary(
     iou_coef: Sequence[float] | np.ndarray,
     counts: Confusion,
 ) -> dict[str, float]:
-    """The figures of a set of images.
+    """All metrics of a set of images: means per image and ratios of the pooled counts.
 
     Args:
-        loss: of each image.
-        iou_coef: of each batch.
-        counts: [N, C], an entry an image.
+        loss: per image.
+        iou_coef: per batch.
+        counts: [N, C], per image.
     """
     counts = Confusion(*(np.asarray(count, np.int64) for count in counts))
     total = pooled(counts)
@@ -143,49 +148,58 @@ def summary(
 
 
 class Reliability(NamedTuple):
-    """Of the pixels whose probability falls into each of K equal parts of [0, 1]; adds like counts.
+    """The data of a reliability diagram, K equal bins of [0, 1]; adds up like `Confusion`.
 
     Guo et al.: "On Calibration of Modern Neural Networks", ICML 2017.
     """
 
-    n: np.ndarray  # int64 [K]: how many
-    claimed: np.ndarray  # float64 [K]: the sum of their probabilities
-    found: np.ndarray  # int64 [K]: how many are foreground
+    pixels: np.ndarray  # int64 [K]: pixels with a probability in the bin
+    probability_sum: np.ndarray  # float64 [K]: sum of their probabilities
+    positives: np.ndarray  # int64 [K]: how many of them are foreground
 
 
-def reliability(proba: np.ndarray, labels: np.ndarray, *, parts: int = 15) -> Reliability:
+def reliability(proba: np.ndarray, labels: np.ndarray, *, bins: int = 15) -> Reliability:
     """Count the pixels of an image by their probability of foreground.
 
     Args:
         proba: in [0, 1], of any shape.
         labels: 0 and 1, of the same shape.
-        parts: K.
+        bins: K.
 
     Raises:
         ValueError: the shapes differ.
     """
     proba, labels = np.asarray(proba, np.float64), np.asarray(labels)
     if proba.shape != labels.shape:
-        raise ValueError(f"proba {proba.shape} and labels {labels.shape} must be of one shape")
-    part = np.minimum((proba * parts).astype(int), parts - 1).ravel()
+        raise ValueError(f"proba {proba.shape} and labels {labels.shape} must have the same shape")
+    index = np.minimum((proba * bins).astype(int), bins - 1).ravel()
     return Reliability(
-        n=np.bincount(part, minlength=parts),
-        claimed=np.bincount(part, proba.ravel(), parts),
-        found=np.bincount(part[labels.ravel() > 0.5], minlength=parts),
+        pixels=np.bincount(index, minlength=bins),
+        probability_sum=np.bincount(index, proba.ravel(), bins),
+        positives=np.bincount(index[labels.ravel() > 0.5], minlength=bins),
     )
 
 
 def calibration_error(r: Reliability) -> float:
-    """The mean over the pixels of |mean probability - share of foreground| of their part (ECE)."""
-    return float(np.abs(r.claimed - r.found).sum() / r.n.sum())
+    """Expected calibration error (ECE): the gap of each pixel's bin, averaged over pixels.
+
+    The gap of a bin is |mean probability - fraction of foreground|.
+    """
+    return float(np.abs(r.probability_sum - r.positives).sum() / r.pixels.sum())
 
 
-def bootstrap_interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the mean of [N] values: percentiles of the means of 10,000 resamples.
+def bootstrap_interval(values: np.ndarray, *, seed: int = 0) -> Any:
+    """95 % interval of the mean: (low, high) for [N] values, a list of K pairs for [N, K].
 
+    The limits are percentiles of the means of 10,000 resamples; the columns share each resample.
     Efron, Tibshirani: "An Introduction to the Bootstrap", 1993, chapter 13.
+
+    >>> bootstrap_interval(np.array([0.5, 0.75, 0.75, 1.0]))
+    (0.5625, 0.9375)
     """
     rng, n = np.random.default_rng(seed), len(values)
-    means = [values[rng.integers(n, size=n)].mean() for _ in range(10_000)]
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
+    means = [values[rng.integers(n, size=n)].mean(0) for _ in range(10_000)]
+    low, high = np.percentile(means, (2.5, 97.5), axis=0)
+    if values.ndim == 1:
+        return float(low), float(high)
+    return list(zip(low.tolist(), high.tolist(), strict=True))

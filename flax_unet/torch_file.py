@@ -1,8 +1,8 @@
-"""Tensors of a file that `torch.save` wrote before PyTorch 1.6, read without PyTorch.
+"""Reads the tensors of a file that `torch.save` wrote before PyTorch 1.6, without PyTorch.
 
-Such a file holds five pickles (a magic number, the format's version, facts of the machine, the
-object, the keys of its storages) and then each storage: its length in entries, int64, and its
-bytes. A pickle can call any function there is; of this one only tensors and dicts are accepted.
+Such a file consists of five pickles (magic number, format version, machine properties, the object,
+the keys of its storages), followed by each storage: its number of entries, int64, and its bytes.
+Unpickling can run arbitrary code, so everything but tensors and dicts is refused.
 """
 
 import os
@@ -25,7 +25,7 @@ STORAGES = {
 
 
 class _Storage(NamedTuple):
-    """What a tensor names as the place of its entries."""
+    """A tensor's reference to the storage of its entries."""
 
     key: str
     dtype: np.dtype
@@ -43,7 +43,7 @@ class _Tensor(NamedTuple):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes tensors and ordered dicts, and calls nothing else."""
+    """Creates tensors and ordered dicts, and calls nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -52,12 +52,12 @@ class _Unpickler(pickle.Unpickler):
             return _Tensor
         if module == "torch" and name in STORAGES:
             return np.dtype(STORAGES[name])
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no tensor")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, not a tensor")
 
     def persistent_load(self, pid: Any) -> _Storage:
         _, dtype, key, _, _, view = pid
         if view is not None:
-            raise pickle.UnpicklingError("it holds a view of a storage")
+            raise pickle.UnpicklingError("it contains a view of a storage")
         return _Storage(key, dtype)
 
 
@@ -65,35 +65,35 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The tensors of a state dict, by name.
 
     Raises:
-        ValueError: the file is of another format, is damaged, or holds something else.
+        ValueError: the file has another format, is damaged, or contains other objects.
         OSError: it cannot be read.
     """
-    broken = (EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+    malformed = (EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError)
     try:
         with Path(path).open("rb") as file:
             return _read(file)
-    except (pickle.UnpicklingError, struct.error, *broken) as error:
-        raise ValueError(f"{path} is no file of PyTorch's older format: {error}") from error
+    except (pickle.UnpicklingError, struct.error, *malformed) as error:
+        raise ValueError(f"{path} is not a valid PyTorch file from before 1.6: {error}") from error
 
 
 def _read(file: BinaryIO) -> dict[str, np.ndarray]:
     magic, version, machine, tensors, keys = (_Unpickler(file).load() for _ in range(5))
     if magic != MAGIC or version != 1001 or not machine["little_endian"]:
-        raise ValueError("its head is another")
+        raise ValueError("unexpected header")
     dtypes = {tensor.storage.key: tensor.storage.dtype for tensor in tensors.values()}
-    rest, at, storages = file.read(), 0, {}
+    data, offset, storages = file.read(), 0, {}
     for key in keys:
-        (length,) = struct.unpack_from("<q", rest, at)
-        storages[key] = np.frombuffer(rest, dtypes[key], length, at + 8)
-        at += 8 + storages[key].nbytes
+        (length,) = struct.unpack_from("<q", data, offset)
+        storages[key] = np.frombuffer(data, dtypes[key], length, offset + 8)
+        offset += 8 + storages[key].nbytes
     return {name: _array(tensor, storages[tensor.storage.key]) for name, tensor in tensors.items()}
 
 
 def _array(tensor: _Tensor, storage: np.ndarray) -> np.ndarray:
-    """A copy of a tensor's entries, once they are known to lie within its storage."""
-    reach = zip(tensor.shape, tensor.strides, strict=True)
-    last = tensor.offset + sum((n - 1) * step for n, step in reach)
+    """A copy of a tensor's entries, after checking that all of them are in its storage."""
+    axes = zip(tensor.shape, tensor.strides, strict=True)
+    last = tensor.offset + sum((n - 1) * step for n, step in axes)
     if min(tensor.offset, *tensor.strides, *tensor.shape, 0) < 0 or last >= len(storage):
-        raise ValueError("a tensor reaches beyond its storage")
+        raise ValueError("a tensor extends beyond its storage")
     strides = [step * storage.itemsize for step in tensor.strides]
     return as_strided(storage[tensor.offset :], tensor.shape, strides).copy()

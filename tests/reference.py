@@ -1,4 +1,4 @@
-"""What the library computes, written slowly and obviously in NumPy, in float64."""
+"""Slow, simple NumPy versions of the library's computations, in float64."""
 
 import numpy as np
 
@@ -19,9 +19,9 @@ def conv3x3(x, kernel, bias):
 
 
 def depthwise(x, kernel, stride):
-    """'Same' convolution of each channel alone: [B, H, W, C], [K, K, 1, C] to [B, H/s, W/s, C].
+    """'Same' depthwise convolution: [B, H, W, C], [K, K, 1, C] to [B, H/s, W/s, C].
 
-    As TensorFlow pads: where their number is odd, one pixel more below and to the right.
+    Padded as in TensorFlow: if the padding is odd, the bottom and the right get one pixel more.
     """
     x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
     (b, h, w, c), size = x.shape, len(kernel)
@@ -38,7 +38,7 @@ def depthwise(x, kernel, stride):
 
 
 def upsample(x, kernel, bias):
-    """Transposed convolution, kernel and stride s: each pixel paints a square of its own."""
+    """Transposed convolution, kernel size = stride = s: each pixel becomes a separate square."""
     x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
     (b, h, w, _), s = x.shape, len(kernel)
     y = np.zeros((b, s * h, s * w, kernel.shape[-1]))
@@ -52,20 +52,20 @@ def upsample(x, kernel, bias):
 
 
 def group_norm(x, size, scale, bias, epsilon=1e-6):
-    """Each image's groups of neighbouring channels, to mean 0 and variance 1."""
+    """Normalise each image's groups of neighbouring channels to mean 0 and variance 1."""
     x = np.asarray(x, np.float64)
     y = np.empty_like(x)
     for n in range(len(x)):
         for g in range(x.shape[-1] // size):
-            part = x[n, ..., g * size : (g + 1) * size]
-            y[n, ..., g * size : (g + 1) * size] = (part - part.mean()) / np.sqrt(
-                part.var() + epsilon
+            group = x[n, ..., g * size : (g + 1) * size]
+            y[n, ..., g * size : (g + 1) * size] = (group - group.mean()) / np.sqrt(
+                group.var() + epsilon
             )
     return y * np.asarray(scale, np.float64) + np.asarray(bias, np.float64)
 
 
 def batch_norm(x, real, scale, bias, epsilon=1e-5):
-    """Mean and variance of each channel over the real images, and all images normalised by them."""
+    """Per-channel mean and variance of the real images, and all images normalised with them."""
     x = np.asarray(x, np.float64)
     mean, variance = x[real].mean((0, 1, 2)), x[real].var((0, 1, 2))
     y = (x - mean) / np.sqrt(variance + epsilon)
@@ -77,7 +77,7 @@ def sigmoid(x):
 
 
 def bce(logits, labels):
-    """-y log p - (1 - y) log(1 - p), the mean over each image."""
+    """-y log p - (1 - y) log(1 - p), averaged over the pixels of each image."""
     p, y = sigmoid(logits), np.asarray(labels, np.float64)
     return (-y * np.log(p) - (1 - y) * np.log(1 - p)).mean((1, 2, 3))
 
@@ -95,15 +95,15 @@ def soft_dice(logits, labels, smooth=1.0):
 
 
 def iou_coef(p, y):
-    """The tutorial's metric, of one batch."""
+    """The tutorial's metric, over a batch."""
     overlap, total = (y * p).sum(), (y + p).sum()
     return (overlap + 100) / (total - overlap + 100)
 
 
 def adam(gradients, rate=1e-3, b1=0.9, b2=0.999, epsilon=1e-7):
-    """The sum of Adam's updates for a list of gradients: Kingma, Ba, ICLR 2015, Algorithm 1."""
-    m = v = moved = 0.0
+    """Sum of Adam's updates for a list of gradients (Kingma, Ba, ICLR 2015, Algorithm 1)."""
+    m = v = total = 0.0
     for t, g in enumerate(np.asarray(gradients, np.float64), start=1):
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-        moved = moved - rate * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + epsilon)
-    return moved
+        total = total - rate * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + epsilon)
+    return total

@@ -9,22 +9,22 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from flax_unet import augment
-from flax_unet.data import as_float
+from flax_unet.pictures import as_float
 
 
-def pictures(n, size=(5, 7)):
+def images(n, size=(5, 7)):
     image = jax.random.bits(jax.random.key(1), (n, *size, 3), jnp.uint8)
     return image, (image[..., :1] > 128).astype(jnp.uint8)
 
 
 def smooth(size=(24, 32)):
-    """A picture without hard edges: float32 [H, W, 3] in [0.15, 0.75]."""
+    """An image without hard edges: float32 [H, W, 3] in [0.15, 0.75]."""
     y, x = np.mgrid[: size[0], : size[1]] / 5
     waves = np.stack([np.sin(x + y), np.cos(x - 2 * y), np.sin(2 * x)], -1)
     return (0.45 + 0.3 * waves).astype(np.float32)
 
 
-every = pytest.mark.parametrize(
+each_augmentation = pytest.mark.parametrize(
     "change",
     [
         augment.random_flips,
@@ -37,27 +37,41 @@ every = pytest.mark.parametrize(
 )
 
 
-def test_each_image_is_one_of_its_four_mirrorings_and_its_mask_the_same():
-    image, mask = pictures(400)
+def test_each_image_and_its_mask_are_flipped_alike_in_one_of_four_ways():
+    image, mask = images(400)
     flipped, flipped_mask = jax.jit(augment.random_flips)(jax.random.key(0), image, mask)
     assert (flipped.dtype, flipped_mask.dtype) == (jnp.uint8, jnp.uint8)
-    seen = np.zeros(4, int)
+    counts = np.zeros(4, int)
     for x, m, y, n in zip(*map(np.asarray, (image, mask, flipped, flipped_mask)), strict=True):
-        ways = [
+        candidates = [
             (x, m),
             (x[::-1], m[::-1]),
             (x[:, ::-1], m[:, ::-1]),
             (x[::-1, ::-1], m[::-1, ::-1]),
         ]
-        way = [i for i, (a, b) in enumerate(ways) if (a == y).all() and (b == n).all()]
-        assert len(way) == 1
-        seen[way[0]] += 1
-    assert (abs(seen - 100) < 40).all()  # more than four standard deviations
+        matches = [(a == y).all() and (b == n).all() for a, b in candidates]
+        assert sum(matches) == 1
+        counts += matches
+    assert (abs(counts - 100) < 40).all()  # more than four standard deviations
 
 
-@every
-def test_an_image_alone_is_changed_as_in_a_batch(change):
-    image, mask = pictures(6)
+def test_no_key_is_consumed_twice():
+    augmentation = augment.chain(
+        augment.random_flips,
+        partial(augment.random_affine, elastic=0.05),
+        augment.random_colour,
+        augment.random_blur,
+        augment.random_noise,
+        augment.random_cutout,
+    )
+    image, mask = images(2)
+    with jax.debug_key_reuse(True):
+        jax.jit(augmentation)(jax.random.key(0), image, mask)
+
+
+@each_augmentation
+def test_the_rest_of_the_batch_does_not_matter(change):
+    image, mask = images(6)
     for seed in range(8):
         together = change(jax.random.key(seed), image, mask)
         alone = change(jax.random.key(seed), image[:1], mask[:1])
@@ -65,24 +79,24 @@ def test_an_image_alone_is_changed_as_in_a_batch(change):
             np.testing.assert_allclose(a[:1], b, atol=1e-6)
 
 
-@every
-def test_images_and_keys_are_changed_each_in_its_own_way(change):
-    image, mask = (x.repeat(32, 0) for x in pictures(1))
+@each_augmentation
+def test_every_image_and_every_key_has_different_changes(change):
+    image, mask = (x.repeat(32, 0) for x in images(1))
     results = [np.asarray(change(jax.random.key(seed), image, mask)[0]) for seed in (0, 1)]
     assert (results[0] != results[1]).any()
-    kinds = {one.tobytes() for one in results[0]}
-    assert len(kinds) == (4 if change is augment.random_flips else 32)
+    distinct = {x.tobytes() for x in results[0]}
+    assert len(distinct) == (4 if change is augment.random_flips else 32)
 
 
-def test_parameters_that_change_nothing_change_nothing():
-    image, _ = pictures(1)
+def test_neutral_parameters_change_nothing():
+    image, _ = images(1)
     image = image[0] / jnp.float32(255)
     np.testing.assert_array_equal(augment.warp(image, augment.affine()), image)
     np.testing.assert_array_equal(augment.recolour(image), image)
 
 
 @pytest.mark.parametrize(
-    ("change", "moved"),
+    ("parameters", "move"),
     [
         ({"rotation": 90}, lambda x: np.rot90(x)),
         ({"rotation": -180}, lambda x: x[::-1, ::-1]),
@@ -91,28 +105,28 @@ def test_parameters_that_change_nothing_change_nothing():
         ({"shift": np.array([2, -3])}, lambda x: np.pad(x, ((2, 0), (0, 3), (0, 0)))[:-2, 3:]),
         ({"shear": 45}, lambda x: np.stack([np.roll(r, i - 4, 0) for i, r in enumerate(x)])),
     ],
-    ids=["turn", "turn back", "mirror rows", "mirror columns", "shift", "shear"],
+    ids=["rotate", "rotate back", "flip rows", "flip columns", "shift", "shear"],
 )
-def test_moves_that_can_be_made_by_hand(change, moved):
+def test_warps_equal_the_same_moves_in_numpy(parameters, move):
     image = np.zeros((9, 9, 3), np.float32)
     image[2:7, 3:6] = np.random.default_rng(0).random((5, 3, 3))
-    result = augment.warp(jnp.asarray(image), augment.affine(**change))
-    np.testing.assert_allclose(result, moved(image), atol=1e-5)
+    result = augment.warp(jnp.asarray(image), augment.affine(**parameters))
+    np.testing.assert_allclose(result, move(image), atol=1e-5)
 
 
-def test_a_warp_is_scipys_of_the_composed_matrix():
+def test_a_warp_equals_scipy_with_the_composed_matrix():
     image = smooth()
-    middle = (np.array(image.shape[:2]) - 1) / 2
-    turn, lean = np.deg2rad(35), np.tan(np.deg2rad(12))
-    turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    forward = turned @ [[1, 0], [lean, 1]] @ np.diag([-1.3, 0.8])
+    centre = (np.array(image.shape[:2]) - 1) / 2
+    angle, slope = np.deg2rad(35), np.tan(np.deg2rad(12))
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    forward = rotation @ [[1, 0], [slope, 1]] @ np.diag([-1.3, 0.8])
     inverse, shift = np.linalg.inv(forward), np.array([3.5, -2.25])
     expected = np.stack(
         [
             ndimage.affine_transform(
                 channel.astype(np.float64),
                 inverse,
-                middle - inverse @ (middle + shift),
+                centre - inverse @ (centre + shift),
                 order=1,
                 mode="grid-constant",
             )
@@ -126,12 +140,12 @@ def test_a_warp_is_scipys_of_the_composed_matrix():
     np.testing.assert_allclose(result, expected, atol=2e-5)
 
 
-def test_a_rotation_is_pillows():
+def test_a_rotation_equals_pillow():
     image = (255 * smooth((32, 32))).astype(np.uint8)
     expected = np.asarray(Image.fromarray(image).rotate(30, Image.Resampling.BILINEAR))
     result = augment.warp(image / jnp.float32(255), augment.affine(rotation=30))
     inside = np.asarray(expected.min(-1) > 0)
-    inside = ndimage.binary_erosion(inside, iterations=2)  # Pillow treats the frame in its own way
+    inside = ndimage.binary_erosion(inside, iterations=2)  # Pillow treats the border differently
     assert inside.mean() > 0.5
     assert abs(255 * np.asarray(result) - expected)[inside].max() < 1.01
 
@@ -145,97 +159,94 @@ def test_image_and_mask_move_together_and_masks_stay_0_and_1():
     assert warped.dtype == jnp.float32 and mask.dtype == jnp.uint8
     assert set(np.unique(mask)) == {0, 1}
     np.testing.assert_array_equal(mask[..., 0] == 1, np.asarray(warped)[..., 0] >= 0.5)
-    # a scale is between 0.8 and 1.25, and the shear keeps areas; some discs leave the frame
+    # Scales are between 0.8 and 1.25, shear preserves areas, and some discs leave the image.
     area = np.asarray(mask).sum((1, 2, 3)) / disc[0].sum()
     assert area.max() < 1.25**2 * 1.05 and 0.8**2 * 0.95 < np.median(area)
     assert area.max() > 1.2 and area.min() < 0.75
     assert len({ndimage.center_of_mass(m) for m in np.asarray(mask)}) == 64
 
 
-def test_the_random_moves_are_mirrorings_and_the_stated_ranges():
+def test_random_moves_have_the_stated_distributions():
     n, size = 400, (33, 49)
     rows, columns = (np.linspace(0, 1, k, dtype=np.float32) for k in size)
-    # A bilinear picture of straight slopes tells where each of its pixels was taken.
-    slopes = np.stack([*np.meshgrid(rows, columns, indexing="ij"), np.ones(size)], -1)
-    image = jnp.broadcast_to(jnp.asarray(slopes, jnp.float32), (n, *size, 3))
+    # The values of a linear gradient tell where each of its pixels was sampled.
+    gradient = np.stack([*np.meshgrid(rows, columns, indexing="ij"), np.ones(size)], -1)
+    image = jnp.broadcast_to(jnp.asarray(gradient, jnp.float32), (n, *size, 3))
     stated = {"rotation": 30.0, "scale": 1.25, "shear": 10.0, "shift": 0.1}
     warped, _ = jax.jit(lambda *x: augment.random_affine(*x, **stated))(
         jax.random.key(0), image, image[..., :1] > 2
     )
-    middle = (np.array(size) - 1) / 2
-    here = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1) - middle
-    found = []
-    for one in np.asarray(warped, np.float64):
-        inside = one[..., 2] > 1 - 1e-6
-        there = one[inside, :2] * (np.array(size) - 1) - middle
-        at = np.column_stack([here[inside], np.ones(inside.sum())])
-        solution, *_ = np.linalg.lstsq(at, there, rcond=None)
-        np.testing.assert_allclose(at @ solution, there, atol=1e-3)
+    centre = (np.array(size) - 1) / 2
+    target = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1) - centre
+    estimates = []
+    for x in np.asarray(warped, np.float64):
+        inside = x[..., 2] > 1 - 1e-6
+        source = x[inside, :2] * (np.array(size) - 1) - centre
+        homogeneous = np.column_stack([target[inside], np.ones(inside.sum())])
+        solution, *_ = np.linalg.lstsq(homogeneous, source, rcond=None)
+        np.testing.assert_allclose(homogeneous @ solution, source, atol=1e-3)
         forward = np.linalg.inv(solution[:2].T)
         shift = -forward @ solution[2] / size
-        # forward = turn @ shear @ diag(scale): its second column is turned and scaled alone
-        mirrored = np.sign(forward[1, 1])
-        wide = mirrored * np.hypot(*forward[:, 1])
-        turn = np.arctan2(-forward[0, 1] / wide, forward[1, 1] / wide)
-        back = [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
-        tall, lean = np.array(back) @ forward[:, 0]
-        found.append([turn, np.arctan(lean / tall), np.log(abs(tall)), *shift, tall < 0, wide < 0])
-        assert abs(wide) == pytest.approx(abs(tall), rel=1e-3)
-    turn, shear, scale, down, right, *mirrored = np.array(found).T
-    bounds = np.deg2rad([stated["rotation"], stated["shear"]])
-    for values, bound in zip(
-        (turn, shear, scale, down, right), (*bounds, np.log(1.25), 0.1, 0.1), strict=True
-    ):
+        # forward = rotation @ shear @ diag(scale): the second column is only scaled and rotated
+        column_scale = np.sign(forward[1, 1]) * np.hypot(*forward[:, 1])
+        angle = np.arctan2(-forward[0, 1] / column_scale, forward[1, 1] / column_scale)
+        back = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+        row_scale, slope = np.array(back) @ forward[:, 0]
+        shear, log_scale = np.arctan(slope / row_scale), np.log(abs(row_scale))
+        estimates.append([angle, shear, log_scale, *shift, row_scale < 0, column_scale < 0])
+        assert abs(column_scale) == pytest.approx(abs(row_scale), rel=1e-3)
+    *uniform, flipped_rows, flipped_columns = np.array(estimates).T
+    bounds = *np.deg2rad([stated["rotation"], stated["shear"]]), np.log(1.25), 0.1, 0.1
+    for values, bound in zip(uniform, bounds, strict=True):
         assert abs(values).max() <= bound * 1.001
-        # uniform: the deviation of 400 is within 4 standard errors
+        # uniform: the standard deviation of 400 values is within 4 standard errors
         assert values.std() == pytest.approx(bound / 3**0.5, rel=0.1)
         assert abs(values.mean()) < 4 * bound / 3**0.5 / n**0.5
-    for share in map(np.mean, mirrored):
-        assert abs(share - 0.5) < 0.1
-    # each on its own
-    assert abs(np.corrcoef(np.array(found).T) - np.eye(7)).max() < 0.25
+    assert abs(flipped_rows.mean() - 0.5) < 0.1 and abs(flipped_columns.mean() - 0.5) < 0.1
+    # independent of each other
+    assert abs(np.corrcoef(np.array(estimates).T) - np.eye(7)).max() < 0.25
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
-def test_the_random_colours_have_the_stated_ranges(name):
+def test_random_colours_have_the_stated_ranges(name):
     image = jnp.asarray(smooth())
-    nothing = dict.fromkeys(["brightness", "contrast", "saturation", "hue"], 0.0)
+    unchanged = dict.fromkeys(["brightness", "contrast", "saturation", "hue"], 0.0)
     mask = jnp.zeros((200, *image.shape[:2], 1))
     changed, _ = augment.random_colour(
         jax.random.key(0),
         jnp.broadcast_to(image, (200, *image.shape)),
         mask,
-        **nothing | {name: 0.2},
+        **unchanged | {name: 0.2},
     )
     # The change is linear in its factor.
-    none = np.asarray(augment.recolour(image, **{name: 0.0})).ravel()
-    slope = np.asarray(image).ravel() - none
-    factors = (np.asarray(changed).reshape(200, -1) - none) @ slope / (slope @ slope)
+    zero = np.asarray(augment.recolour(image, **{name: 0.0})).ravel()
+    slope = np.asarray(image).ravel() - zero
+    factors = (np.asarray(changed).reshape(200, -1) - zero) @ slope / (slope @ slope)
     np.testing.assert_allclose(
-        np.asarray(changed).reshape(200, -1), none + np.outer(factors, slope), atol=1e-5
+        np.asarray(changed).reshape(200, -1), zero + np.outer(factors, slope), atol=1e-5
     )
     assert abs(factors - 1).max() <= 0.2001
     assert factors.std() == pytest.approx(0.2 / 3**0.5, rel=0.15)
 
 
-def test_the_random_hue_has_the_stated_range():
+def test_random_hues_have_the_stated_range():
     image = jnp.full((200, 4, 4, 3), jnp.array([0.6, 0.4, 0.5]))
-    nothing = dict.fromkeys(["brightness", "contrast", "saturation"], 0.0)
+    unchanged = dict.fromkeys(["brightness", "contrast", "saturation"], 0.0)
     changed, _ = augment.random_colour(
-        jax.random.key(0), image, image[..., :1], **nothing, hue=10.0
+        jax.random.key(0), image, image[..., :1], **unchanged, hue=10.0
     )
     red, green, blue = np.asarray(changed)[:, 0, 0].T
 
-    def angle(red, green, blue):  # in the plane of equal grey
+    def angle(red, green, blue):  # in the plane perpendicular to the grey axis
         return np.rad2deg(np.arctan2(3**0.5 * (green - blue), 2 * red - green - blue))
 
-    turned = angle(red, green, blue) - angle(0.6, 0.4, 0.5)
-    assert abs(turned).max() <= 10.001
-    assert turned.std() == pytest.approx(10 / 3**0.5, rel=0.15)
+    rotation = angle(red, green, blue) - angle(0.6, 0.4, 0.5)
+    assert abs(rotation).max() <= 10.001
+    assert rotation.std() == pytest.approx(10 / 3**0.5, rel=0.15)
 
 
-def test_a_mirroring_is_one_or_the_other_even_for_a_zero(monkeypatch):
-    image, mask = pictures(1)
+def test_a_draw_of_zero_does_not_flip(monkeypatch):
+    image, mask = images(1)
     monkeypatch.setattr(jax.random, "uniform", lambda key, shape, minval: jnp.zeros(shape))
     same, _ = augment.random_affine(jax.random.key(0), image, mask)
     np.testing.assert_allclose(255 * same, image, atol=1e-4)
@@ -250,34 +261,34 @@ def test_a_mirroring_is_one_or_the_other_even_for_a_zero(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.3])
-def test_brightness_contrast_and_saturation_are_pillows(name, enhance, factor):
+def test_brightness_contrast_and_saturation_equal_pillow(name, enhance, factor):
     image = (255 * smooth()).astype(np.uint8)
     expected = np.asarray(enhance(Image.fromarray(image)).enhance(factor), np.float32)
     result = 255 * np.asarray(augment.recolour(image / jnp.float32(255), **{name: factor}))
-    assert abs(result - expected).max() < 1.6  # Pillow rounds the grey, and the result down
+    assert abs(result - expected).max() < 1.6  # Pillow rounds the grey, then truncates
 
 
-def test_hue_turns_the_colours_about_the_grey_axis():
+def test_hue_rotates_the_colours_about_the_grey_axis():
     image = jnp.asarray(smooth())
-    third = augment.recolour(image, hue=120)
-    np.testing.assert_allclose(third, jnp.roll(image, 1, axis=-1), atol=1e-6)
+    rotated = augment.recolour(image, hue=120)
+    np.testing.assert_allclose(rotated, jnp.roll(image, 1, axis=-1), atol=1e-6)
     axis = np.deg2rad(25) * np.ones(3) / np.sqrt(3)
     expected = Rotation.from_rotvec(axis).apply(np.asarray(image).reshape(-1, 3))
     result = augment.recolour(image, hue=25)
     np.testing.assert_allclose(result.reshape(-1, 3), expected.clip(0, 1), atol=1e-6)
 
 
-def test_colours_are_changed_in_the_order_that_is_stated():
+def test_colours_change_in_the_stated_order():
     changes = {"brightness": 0.9, "contrast": 1.2, "saturation": 0.7, "hue": 20.0}
     image = expected = jnp.asarray(smooth())
     for name, value in changes.items():
         expected = augment.recolour(expected, **{name: value})
-    assert 0 < expected.min() and expected.max() < 1  # nothing was clipped on the way
+    assert 0 < expected.min() and expected.max() < 1  # no step clipped anything
     np.testing.assert_allclose(augment.recolour(image, **changes), expected, atol=1e-5)
 
 
-def test_colours_leave_the_mask_and_the_range():
-    image, mask = pictures(16, (16, 16))
+def test_colours_stay_in_their_range_and_the_mask_is_unchanged():
+    image, mask = images(16, (16, 16))
     changed, same = augment.random_colour(
         jax.random.key(0), image, mask, brightness=0.9, contrast=0.9
     )
@@ -285,37 +296,37 @@ def test_colours_leave_the_mask_and_the_range():
     assert changed.dtype == jnp.float32 and changed.min() == 0 and changed.max() == 1
 
 
-def test_an_elastic_warp_takes_each_pixel_from_where_it_is_said():
+def test_a_displaced_warp_equals_scipy():
     image = smooth()
-    way = np.random.default_rng(0).normal(0, 2, (24, 32, 2)).astype(np.float32)
+    displacement = np.random.default_rng(0).normal(0, 2, (24, 32, 2)).astype(np.float32)
     matrix = augment.affine(rotation=20.0, scale=1.2)
     y, x = np.mgrid[:24, :32]
     centred = np.stack([y - 11.5, x - 15.5, np.ones((24, 32))])
-    places = np.einsum("ij,jhw->ihw", np.asarray(matrix, np.float64), centred)
-    places += np.array([11.5, 15.5])[:, None, None] + np.moveaxis(way, -1, 0)
+    positions = np.einsum("ij,jhw->ihw", np.asarray(matrix, np.float64), centred)
+    positions += np.array([11.5, 15.5])[:, None, None] + np.moveaxis(displacement, -1, 0)
     expected = [
-        ndimage.map_coordinates(channel, places, order=1, mode="grid-constant")
+        ndimage.map_coordinates(channel, positions, order=1, mode="grid-constant")
         for channel in np.moveaxis(image, -1, 0)
     ]
-    warped = augment.warp(jnp.asarray(image), matrix, jnp.asarray(way))
+    warped = augment.warp(jnp.asarray(image), matrix, jnp.asarray(displacement))
     np.testing.assert_allclose(warped, np.stack(expected, -1), atol=2e-5)
 
 
-def test_an_elastic_change_bends_image_and_mask_together_and_smoothly():
+def test_elastic_deformation_is_smooth_and_moves_image_and_mask_together():
     y, x = np.mgrid[:64, :64]
     disc = ((y - 31.5) ** 2 + (x - 31.5) ** 2 < 400)[None, ..., None].astype(np.uint8)
     image = (200 * disc.repeat(3, -1)).astype(np.uint8)
-    still = dict(rotation=0.0, scale=1.0, shear=0.0, shift=0.0)
-    bent, mask = augment.random_affine(jax.random.key(0), image, disc, **still, elastic=0.03)
+    no_affine = dict(rotation=0.0, scale=1.0, shear=0.0, shift=0.0)
+    bent, mask = augment.random_affine(jax.random.key(0), image, disc, **no_affine, elastic=0.03)
     inside = np.asarray(bent)[..., :1] > 100 / 255
     assert (inside == np.asarray(mask)).mean() > 0.99
     assert 0.01 < (np.asarray(mask) != disc).mean() < 0.2
-    _, pieces = ndimage.label(np.asarray(mask)[0, ..., 0])
-    assert pieces == 1
+    _, n_components = ndimage.label(np.asarray(mask)[0, ..., 0])
+    assert n_components == 1
 
 
 @pytest.mark.parametrize("sigma", [0.4, 1.0, 1.5])
-def test_blur_is_a_gaussian(sigma):
+def test_blur_equals_scipys_gaussian(sigma):
     image = smooth()
     expected = ndimage.gaussian_filter(image, (sigma, sigma, 0), mode="nearest", radius=3)
     np.testing.assert_allclose(
@@ -324,29 +335,29 @@ def test_blur_is_a_gaussian(sigma):
     np.testing.assert_array_equal(augment.blur(jnp.asarray(image), 0.0, radius=3), image)
 
 
-def test_about_half_of_the_pictures_are_blurred_noisy_or_cut_and_the_masks_stay():
-    image, mask = (x.repeat(64, 0) for x in pictures(1, (16, 16)))
+def test_about_half_of_the_images_are_blurred_noisy_or_cut_and_no_mask_is():
+    image, mask = (x.repeat(64, 0) for x in images(1, (16, 16)))
     original = np.asarray(as_float(image[0]))
     for change in (augment.random_blur, augment.random_noise, augment.random_cutout):
         changed, same = change(jax.random.key(0), image, mask)
         assert same is mask
-        still = (np.asarray(changed) == original).all((1, 2, 3)).sum()
-        assert 16 < still < 48, change  # four standard deviations
+        n_unchanged = (np.asarray(changed) == original).all((1, 2, 3)).sum()
+        assert 16 < n_unchanged < 48, change  # four standard deviations
 
 
-def test_noise_has_its_deviation_in_each_channel_alone():
+def test_noise_has_the_stated_deviation_and_independent_channels():
     image = jnp.full((200, 32, 32, 3), 0.5)
     noisy, _ = augment.random_noise(jax.random.key(0), image, None, deviation=0.04)
     deviation = np.asarray(noisy - image).std((1, 2, 3))
     assert deviation.max() < 0.041 and deviation.max() > 0.035
-    drawn = deviation[deviation > 0]
-    assert abs(drawn.mean() - 0.02) < 0.006  # uniform from 0 to 0.04
+    positive = deviation[deviation > 0]
+    assert abs(positive.mean() - 0.02) < 0.006  # uniform from 0 to 0.04
     assert abs(float(noisy.mean()) - 0.5) < 1e-3
-    grey = np.asarray(noisy - image).mean(-1).std((1, 2))  # of three that do not know each other
-    np.testing.assert_allclose(grey[deviation > 0], drawn / 3**0.5, rtol=0.1)
+    grey = np.asarray(noisy - image).mean(-1).std((1, 2))  # mean of three independent ones
+    np.testing.assert_allclose(grey[deviation > 0], positive / 3**0.5, rtol=0.1)
 
 
-def test_a_cutout_is_one_rectangle_of_the_mean_colour():
+def test_a_cutout_is_one_rectangle_in_the_mean_colour():
     image = np.asarray(jax.random.uniform(jax.random.key(1), (1, 24, 32, 3))).repeat(64, 0)
     cut, _ = augment.random_cutout(jax.random.key(0), jnp.asarray(image), None, side=0.5)
     for before, after in zip(image, np.asarray(cut), strict=True):

@@ -1,10 +1,35 @@
 import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
-from flax_unet import draw, metrics
+from flax_unet import draw
+from flax_unet.metrics import Reliability
 
 
-def test_the_overlay_mixes_half_of_the_colour_where_the_prediction_is_sure():
+@pytest.fixture
+def figures(monkeypatch):
+    """The list to which `Figure.savefig` appends each figure after saving it."""
+    saved, savefig = [], Figure.savefig
+
+    def save_and_record(self, *args, **kwargs):
+        savefig(self, *args, **kwargs)
+        saved.append(self)
+
+    monkeypatch.setattr(Figure, "savefig", save_and_record)
+    return saved
+
+
+def colours_at(path, axes, points):
+    """The colours, [N, 3] in [0, 1], of a saved figure at points [N, 2] in data coordinates."""
+    pixels = np.asarray(Image.open(path).convert("RGB")) / 255
+    scale = pixels.shape[1] / axes.figure.bbox.width  # the figure's dpi is not the picture's
+    x, y = (axes.transData.transform(points) * scale).astype(int).T
+    return pixels[len(pixels) - 1 - y, x]
+
+
+def test_the_overlay_has_half_of_the_colour_at_probability_one():
     image = np.full((4, 4, 3), 100, np.uint8)
     proba = np.zeros((4, 4))
     proba[1, 2], proba[2, 2] = 1, 0.5
@@ -14,9 +39,9 @@ def test_the_overlay_mixes_half_of_the_colour_where_the_prediction_is_sure():
     np.testing.assert_array_equal(over[2, 2], np.round(75 + np.array(draw.PREDICTED) / 4))
 
 
-def test_the_true_outline_is_two_pixels_inside_the_mask_and_open_at_the_frame():
+def test_the_outline_is_two_pixels_wide_inside_the_mask_and_open_at_the_border():
     mask = np.zeros((12, 12), bool)
-    mask[2:9, 3:12] = True  # it leaves the picture at the right
+    mask[2:9, 3:12] = True  # cut off by the right border
     expected = mask.copy()
     expected[4:7, 5:12] = False
     np.testing.assert_array_equal(draw.outline(mask), expected)
@@ -34,26 +59,49 @@ def test_panels_are_image_probabilities_and_overlay():
     np.testing.assert_array_equal(sheet[:, 10:], draw.overlay(image, proba))
 
 
-def test_sheets_and_curves_are_written_as_png(tmp_path):
+def test_a_sheet_is_a_column_of_images(tmp_path):
     row = np.full((4, 6, 3), 7, np.uint8)
     draw.save_sheet(tmp_path / "sheet.png", [row, row + 1])
-    np.testing.assert_array_equal(
-        np.asarray(Image.open(tmp_path / "sheet.png")), np.concatenate([row, row + 1])
+    with Image.open(tmp_path / "sheet.png") as picture:
+        np.testing.assert_array_equal(picture, np.concatenate([row, row + 1]))
+
+
+def test_learning_curves_show_the_history(tmp_path, figures):
+    curves = {
+        ("loss", "training"): ("loss", [0.9, 0.5, 0.3]),
+        ("loss", "validation"): ("val_loss", [1.2, 0.8, 0.7]),
+        ("Dice, mean over images", "training"): ("dice_per_image", [0.2, 0.6, 0.9]),
+        ("Dice, mean over images", "validation"): ("val_dice_per_image", [0.1, 0.4, 0.5]),
+    }
+    history = [{"epoch": i + 1} | {k: v[i] for k, v in curves.values()} for i in range(3)]
+    path = tmp_path / "curves.png"
+    draw.save_curves(path, history)
+    lines = {(a.get_title(), line.get_label()): line for a in figures[0].axes for line in a.lines}
+    assert lines.keys() == curves.keys()
+    for name, (_, values) in curves.items():
+        points = np.column_stack([[1, 2, 3], values])
+        np.testing.assert_array_equal(lines[name].get_xydata(), points)
+        colours = colours_at(path, lines[name].axes, points)
+        np.testing.assert_allclose(colours, [to_rgb(lines[name].get_color())] * 3, atol=0.1)
+
+
+def test_the_reliability_diagram_shows_every_bin_that_is_not_empty(tmp_path, figures):
+    counts = Reliability(
+        count=np.array([80, 0, 20, 400]),
+        probability_sum=np.array([16.0, 0, 12, 360]),
+        positives=np.array([8, 0, 15, 300]),
     )
-    history = [
-        {"epoch": i, "loss": 1 / i, "val_loss": 2 / i, "dice_per_image": 0, "val_dice_per_image": 1}
-        for i in (1, 2, 3)
-    ]
-    draw.save_curves(tmp_path / "curves.png", history)
-    picture = Image.open(tmp_path / "curves.png")
-    assert picture.format == "PNG" and len(np.unique(np.asarray(picture))) > 10
-
-
-def test_the_reliability_picture_is_written_also_with_empty_parts(tmp_path):
-    rng = np.random.default_rng(0)
-    proba = np.concatenate([rng.uniform(0, 0.2, 900), rng.uniform(0.7, 1, 300)])
-    counts = metrics.reliability(proba, rng.random(1200) < proba)
-    assert (counts.n == 0).any()
-    draw.save_reliability(tmp_path / "reliability.png", counts)
-    picture = Image.open(tmp_path / "reliability.png")
-    assert picture.format == "PNG" and len(np.unique(np.asarray(picture))) > 10
+    path = tmp_path / "reliability.png"
+    draw.save_reliability(path, counts)
+    fraction, number = figures[0].axes
+    calibrated, model = fraction.lines
+    points = np.array([[0.2, 0.1], [0.6, 0.75], [0.9, 0.75]])
+    np.testing.assert_allclose(calibrated.get_xydata(), [[0, 0], [1, 1]])
+    np.testing.assert_allclose(model.get_xydata(), points)
+    colours = colours_at(path, fraction, points)
+    np.testing.assert_allclose(colours, [to_rgb(model.get_color())] * 3, atol=0.02)
+    bars = [(x.get_x() + x.get_width() / 2, x.get_height()) for x in number.patches]
+    np.testing.assert_allclose(bars, [(0.125, 80), (0.625, 20), (0.875, 400)])
+    colours = colours_at(path, number, [[0.125, 60], [0.375, 60], [0.625, 60], [0.875, 60]])
+    filled = (abs(colours - to_rgb(number.patches[0].get_facecolor())) < 0.02).all(1)
+    assert filled.tolist() == [True, False, False, True]  # which bars reach to 60

@@ -1,6 +1,6 @@
-"""The Kvasir-SEG builder, against zipfile and NumPy by hand.
+"""Tests of the Kvasir-SEG builder against zipfile, Pillow and NumPy.
 
-Most tests read a drawn zip; those on the real one need its path in KVASIR_SEG_ZIP.
+Most tests read a synthetic zip; those on the real zip need its path in KVASIR_SEG_ZIP.
 """
 
 import functools
@@ -32,7 +32,7 @@ SIZES = {
     "effisegnet": {"train": 800, "validation": 100, "test": 100},
     "sorted42": {"train": 800, "validation": 100, "test": 100},
 }
-# Neither sorted nor in the zip's order, so that only the protocol's order passes.
+# These names are neither sorted nor in the zip's order: only the protocol's order passes the tests.
 DUMMY = kvasir_seg.Protocol(
     name="dummy", splits={"train": ["rim", "disc", "pair"], "test": ["flat"]}
 )
@@ -40,19 +40,19 @@ PROTOCOLS = {config.name: config.splits for config in kvasir_seg.Builder.BUILDER
 ALL_NAMES = sorted(name for split in PROTOCOLS["article"].values() for name in split)
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "KVASIR_SEG_ZIP"}
 REAL = os.environ.get("KVASIR_SEG_ZIP", "")
-real = pytest.mark.skipif(not REAL, reason="KVASIR_SEG_ZIP does not name the real kvasir-seg.zip")
+real = pytest.mark.skipif(not REAL, reason="KVASIR_SEG_ZIP is not set to the real kvasir-seg.zip")
 
 
 @pytest.fixture(autouse=True)
-def no_zip_from_outside(monkeypatch):
+def no_zip_from_the_environment(monkeypatch):
     monkeypatch.delenv("KVASIR_SEG_ZIP", raising=False)
-    monkeypatch.setattr(kvasir_seg, "URL", "http://127.0.0.1:9/kvasir-seg.zip")  # nobody answers
+    monkeypatch.setattr(kvasir_seg, "URL", "http://127.0.0.1:9/kvasir-seg.zip")  # no server
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @pytest.fixture(scope="module")
 def dummy(tmp_path_factory):
-    """The drawn zip beside the builder, opened, and a prepared data_dir of it."""
+    """The synthetic zip of the dummy data, opened, and a data_dir prepared from it."""
     data_dir = tmp_path_factory.mktemp("dummy")
     path = FOLDER / "dummy_data" / "kvasir-seg.zip"
     tfds_kvasir.sources("kvasir_seg", DUMMY, data_dir=data_dir, kvasir_zip=path)
@@ -60,9 +60,9 @@ def dummy(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def thousand(tmp_path_factory):
-    """A zip with tiny drawn pictures under all of Kvasir-SEG's names."""
-    path = tmp_path_factory.mktemp("thousand") / "drawn.zip"
+def all_names_zip(tmp_path_factory):
+    """A zip of tiny synthetic pictures with all 1000 names of Kvasir-SEG."""
+    path = tmp_path_factory.mktemp("names") / "synthetic.zip"
     draw_zip(path, ALL_NAMES, size=(6, 8))
     return path
 
@@ -76,22 +76,22 @@ def grey(encoded):
 
 
 def boxes_by_rows(mask):
-    """(ymin, xmin, ymax, xmax), max exclusive, of the 8-connected parts, in some order.
+    """(ymin, xmin, ymax, xmax), max exclusive, of the 8-connected components, in any order.
 
-    Row by row: a run of foreground joins all parts that it touches in the row above.
+    Row by row, a run of foreground merges all components that it touches in the row above.
     """
-    parts = []  # lists of runs (y, start, stop)
+    components = []  # lists of runs (y, start, stop)
     for y, row in enumerate(mask):
         for start, stop in np.flatnonzero(np.diff(row, prepend=0, append=0)).reshape(-1, 2):
-            part = [(y, start, stop)]
-            for other in list(parts):
+            component = [(y, start, stop)]
+            for other in list(components):
                 if any(b == y - 1 and s <= stop and start <= e for b, s, e in other):
-                    parts.remove(other)
-                    part += other
-            parts.append(part)
+                    components.remove(other)
+                    component += other
+            components.append(component)
     boxes = []
-    for part in parts:
-        y, start, stop = zip(*part, strict=True)
+    for component in components:
+        y, start, stop = zip(*component, strict=True)
         boxes.append((min(y), min(start), max(y) + 1, max(stop)))
     return boxes
 
@@ -103,7 +103,7 @@ def check_boxes(example, mask):
 
 
 def check_source(source, archive, names):
-    """Every example against the zip's members of its name."""
+    """Compare every example with the zip's members of the same name."""
     assert [example["name"] for example in source] == list(names)
     for example in source:
         assert set(example) == {"name", "image", "mask"}
@@ -114,10 +114,10 @@ def check_source(source, archive, names):
         np.testing.assert_array_equal(np.asarray(mask), expected.astype(np.uint8))
 
 
-# What is in it
+# Content of the dataset
 
 
-def test_pairs_by_name_in_the_order_of_the_protocol(dummy):
+def test_examples_are_paired_by_name_in_protocol_order(dummy):
     archive, data_dir = dummy
     sources = tfds_kvasir.sources("kvasir_seg", DUMMY, data_dir=data_dir)
     assert set(sources) == {"train", "test"}
@@ -125,7 +125,7 @@ def test_pairs_by_name_in_the_order_of_the_protocol(dummy):
         check_source(sources[split], archive, names)
 
 
-def test_pairs_by_name_where_the_zip_lists_masks_backwards(dummy, tmp_path):
+def test_examples_are_paired_by_name_if_the_zip_lists_masks_backwards(dummy, tmp_path):
     archive, _ = dummy
     path = tmp_path / "backwards.zip"
     masks = [info for info in archive.infolist() if "/masks/" in info.filename]
@@ -152,7 +152,7 @@ def test_foreground_is_grey_above_127(tmp_path):
     assert grey(sources["train"][0]["mask"]).tolist() == [[0] * 16 + [1] * 16] * 8
 
 
-def test_boxes_are_those_of_the_masks_parts(dummy):
+def test_boxes_enclose_the_components_of_the_mask(dummy):
     archive, data_dir = dummy
     builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=data_dir)
     for example in builder.as_data_source("train"):
@@ -162,7 +162,7 @@ def test_boxes_are_those_of_the_masks_parts(dummy):
         assert example["image"].shape == (24, 32, 3) and example["mask"].shape == (24, 32, 1)
 
 
-def test_a_source_is_a_sequence_that_threads_may_share(dummy):
+def test_source_is_a_sequence_that_threads_can_share(dummy):
     _, data_dir = dummy
     source = tfds_kvasir.sources("kvasir_seg", DUMMY, data_dir=data_dir)["train"]
     assert source[-1] == source[2] != source[0]
@@ -176,16 +176,16 @@ def test_a_source_is_a_sequence_that_threads_may_share(dummy):
 
 
 @pytest.mark.parametrize("protocol", SIZES)
-def test_protocols_divide_the_same_thousand_names(protocol):
+def test_protocols_split_the_same_1000_names(protocol):
     splits = PROTOCOLS[protocol]
     assert {split: len(names) for split, names in splits.items()} == SIZES[protocol]
     names = [name for split in splits.values() for name in split]
     assert len(set(names)) == 1000 and sorted(names) == ALL_NAMES
 
 
-def test_rebuildable_protocols_are_sklearns():
+def test_protocols_made_with_sklearn_can_be_reproduced():
     def train_test_split(names, test_size):
-        """sklearn's with random_state=42: a permutation, whose first part is the test set."""
+        """sklearn's, with random_state=42: a permutation whose first names are the test set."""
         shuffled = [names[i] for i in np.random.RandomState(42).permutation(len(names))]
         return shuffled[test_size:], shuffled[:test_size]
 
@@ -193,13 +193,15 @@ def test_rebuildable_protocols_are_sklearns():
     assert PROTOCOLS["article"] == {"train": rest[:603], "validation": rest[603:], "test": test}
     rest, test = train_test_split(ALL_NAMES, 100)
     train, validation = train_test_split(rest, 100)
-    parts = [sorted(part) for part in (train, validation, test)]
-    assert [sorted(part) for part in PROTOCOLS["sorted42"].values()] == parts
+    expected = [sorted(names) for names in (train, validation, test)]
+    assert [sorted(names) for names in PROTOCOLS["sorted42"].values()] == expected
 
 
 @pytest.mark.parametrize("protocol", SIZES)
-def test_every_protocol_prepares(thousand, tmp_path, protocol):
-    sources = tfds_kvasir.sources("kvasir_seg", protocol, data_dir=tmp_path, kvasir_zip=thousand)
+def test_every_protocol_can_be_prepared(all_names_zip, tmp_path, protocol):
+    sources = tfds_kvasir.sources(
+        "kvasir_seg", protocol, data_dir=tmp_path, kvasir_zip=all_names_zip
+    )
     names = {split: [example["name"] for example in source] for split, source in sources.items()}
     assert names == PROTOCOLS[protocol]
 
@@ -208,13 +210,13 @@ def test_every_protocol_prepares(thousand, tmp_path, protocol):
 
 
 @pytest.fixture
-def shop(tmp_path):
-    """Zips told apart by the width of their pictures, and that width as prepared."""
+def zips(tmp_path):
+    """Writes zips that differ in the width of their pictures, and reads the width prepared."""
 
-    class Shop:
+    class Zips:
         data_dir = tmp_path / "data"
 
-        def zip(self, width, path=None):
+        def write(self, width, path=None):
             path = path or tmp_path / f"{width}.zip"
             path.parent.mkdir(parents=True, exist_ok=True)
             draw_zip(path, size=(16, width))
@@ -224,62 +226,62 @@ def shop(tmp_path):
             sources = tfds_kvasir.sources("kvasir_seg", config, data_dir=self.data_dir, **kwargs)
             return grey(sources["train"][0]["image"]).shape[1]
 
-    return Shop()
+    return Zips()
 
 
-def test_the_argument_comes_before_the_environment(shop, monkeypatch):
-    monkeypatch.setenv("KVASIR_SEG_ZIP", str(shop.zip(24)))
-    assert shop.prepared_width(kvasir_zip=shop.zip(20)) == 20
+def test_argument_takes_precedence_over_environment(zips, monkeypatch):
+    monkeypatch.setenv("KVASIR_SEG_ZIP", str(zips.write(24)))
+    assert zips.prepared_width(kvasir_zip=zips.write(20)) == 20
 
 
-def test_the_environment_comes_before_manual_dir(shop, monkeypatch):
-    shop.zip(28, shop.data_dir / "downloads" / "manual" / "kvasir-seg.zip")
-    monkeypatch.setenv("KVASIR_SEG_ZIP", str(shop.zip(24)))
-    assert shop.prepared_width() == 24
+def test_environment_takes_precedence_over_manual_dir(zips, monkeypatch):
+    zips.write(28, zips.data_dir / "downloads" / "manual" / "kvasir-seg.zip")
+    monkeypatch.setenv("KVASIR_SEG_ZIP", str(zips.write(24)))
+    assert zips.prepared_width() == 24
 
 
-def test_manual_dir_comes_before_the_download(shop):
-    shop.zip(28, shop.data_dir / "downloads" / "manual" / "kvasir-seg.zip")
-    assert shop.prepared_width() == 28
+def test_manual_dir_takes_precedence_over_download(zips):
+    zips.write(28, zips.data_dir / "downloads" / "manual" / "kvasir-seg.zip")
+    assert zips.prepared_width() == 28
 
 
 @pytest.fixture
-def website(shop, tmp_path, monkeypatch):
-    """A zip of pictures 32 wide where the download comes from; called, it goes off the net."""
-    shop.zip(32, tmp_path / "www" / "kvasir-seg.zip")
+def server(zips, tmp_path, monkeypatch):
+    """A server of a zip with pictures 32 pixels wide; calling the fixture shuts it down."""
+    zips.write(32, tmp_path / "www" / "kvasir-seg.zip")
     handler = functools.partial(
         http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "www")
     )
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/kvasir-seg.zip"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{http_server.server_port}/kvasir-seg.zip"
         monkeypatch.setattr(kvasir_seg, "URL", url)
 
         def close():
-            server.shutdown()
-            server.server_close()
+            http_server.shutdown()
+            http_server.server_close()
 
         yield close
         close()
 
 
-def test_a_download_of_another_content_is_refused(shop, website, monkeypatch):
+def test_download_with_a_wrong_checksum_is_refused(zips, server, monkeypatch):
     info = tfds.download.checksums.UrlInfo(size=3, checksum="0" * 64, filename="kvasir-seg.zip")
     monkeypatch.setattr(kvasir_seg.Builder, "url_infos", {kvasir_seg.URL: info})
     with pytest.raises(ValueError, match="kvasir-seg.zip: .*checksum") as error:
-        shop.prepared_width()
+        zips.prepared_width()
     assert "--kvasir-zip" in str(error.value)
-    check_nothing_is_left(shop.data_dir)
+    check_nothing_is_left(zips.data_dir)
 
 
-def test_the_download_is_kept_for_the_next_protocol(shop, website):
-    assert shop.prepared_width() == 32
-    website()
+def test_download_is_reused_for_the_next_protocol(zips, server):
+    assert zips.prepared_width() == 32
+    server()
     other = kvasir_seg.Protocol(name="other", splits={"train": ["disc"]})
-    assert shop.prepared_width(other) == 32
+    assert zips.prepared_width(other) == 32
 
 
-def test_the_download_is_checked_against_the_published_sum():
+def test_download_is_verified_against_the_published_checksum():
     (line,) = (FOLDER / "checksums.tsv").read_text().splitlines()
     url, size, checksum, _ = line.split("\t")
     assert url == "https://datasets.simula.no/downloads/kvasir-seg.zip"
@@ -290,7 +292,7 @@ def test_the_download_is_checked_against_the_published_sum():
     assert int(size) == 46227172 and checksum.startswith("03b30e21") and len(checksum) == 64
 
 
-def test_without_network_the_error_comes_soon_and_says_what_to_do(tmp_path):
+def test_without_network_the_error_is_quick_and_lists_remedies(tmp_path):
     start = time.monotonic()
     with pytest.raises(ConnectionError) as error:
         tfds_kvasir.sources("kvasir_seg", data_dir=tmp_path)
@@ -301,35 +303,35 @@ def test_without_network_the_error_comes_soon_and_says_what_to_do(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["kvasir_zip", "KVASIR_SEG_ZIP"])
-def test_a_path_that_is_not_there_is_an_error(shop, monkeypatch, source):
-    shop.zip(28, shop.data_dir / "downloads" / "manual" / "kvasir-seg.zip")
-    given = {}
+def test_missing_zip_is_an_error(zips, monkeypatch, source):
+    zips.write(28, zips.data_dir / "downloads" / "manual" / "kvasir-seg.zip")
+    kwargs = {}
     if source == "kvasir_zip":
-        given = {"kvasir_zip": "no/such.zip"}
+        kwargs = {"kvasir_zip": "no/such.zip"}
     else:
         monkeypatch.setenv("KVASIR_SEG_ZIP", "no/such.zip")
     with pytest.raises(FileNotFoundError, match=f"{source} is no/such.zip"):
-        shop.prepared_width(**given)
-    check_nothing_is_left(shop.data_dir)
+        zips.prepared_width(**kwargs)
+    check_nothing_is_left(zips.data_dir)
 
 
-def test_a_machine_without_array_record_is_told(tmp_path, monkeypatch):
+def test_missing_array_record_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="kvasir_seg needs array_record"):
         tfds_kvasir.sources("kvasir_seg", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("size", [None, 0, 100])
-def test_prepared_data_that_is_damaged_is_named(shop, size):
-    given = {"kvasir_zip": shop.zip(24)}
-    assert shop.prepared_width(**given) == 24
-    for file in shop.data_dir.rglob("*array_record*"):
+def test_error_names_damaged_data(zips, size):
+    path = zips.write(24)
+    assert zips.prepared_width(kvasir_zip=path) == 24
+    for file in zips.data_dir.rglob("*array_record*"):
         os.truncate(file, size) if size is not None else file.unlink()
     with pytest.raises(ValueError, match="kvasir_seg/dummy/1.0.0 cannot be read; if it is damaged"):
-        shop.prepared_width(**given)
+        zips.prepared_width(kvasir_zip=path)
 
 
-# Zips that are not it
+# Invalid zips
 
 
 def write_zip(folder, members):
@@ -350,20 +352,20 @@ def without(*names):
 
 
 def huge(encoded):
-    """The JPEG with 9000x9000 pixels in its header."""
+    """The JPEG with a header that claims 9000x9000 pixels."""
     at = encoded.index(b"\xff\xc0") + 5
     return encoded[:at] + (9000).to_bytes(2, "big") * 2 + encoded[at + 4 :]
 
 
 GOOD = read_zip(FOLDER / "dummy_data" / "kvasir-seg.zip")
 IMAGE, MASK = "Kvasir-SEG/images/disc.jpg", "Kvasir-SEG/masks/disc.jpg"
-BAD = {  # its members, and what the error says of it
+BAD = {  # {case: (members of the zip, expected message)}
     "empty": ({}, "no images"),
     "foreign": ({"README.txt": b"another dataset"}, "no images"),
-    "no mask": (without(MASK), "images/disc.jpg is without its masks/disc.jpg"),
-    "no image": (without(IMAGE), "masks/disc.jpg is without its images/disc.jpg"),
-    "no pair": (without(IMAGE, MASK), "1 of the 4 images of dummy are not in it"),
-    "twice": (GOOD | {"images/disc.jpg": GOOD[IMAGE]}, "images/disc.jpg is there twice"),
+    "no mask": (without(MASK), "images/disc.jpg has no masks/disc.jpg"),
+    "no image": (without(IMAGE), "masks/disc.jpg has no images/disc.jpg"),
+    "no pair": (without(IMAGE, MASK), "1 of the 4 images of dummy are missing"),
+    "twice": (GOOD | {"images/disc.jpg": GOOD[IMAGE]}, "contains two files images/disc.jpg"),
     "sizes": (
         GOOD | {MASK: jpeg(np.zeros((9, 7, 3), np.uint8))},
         f"{IMAGE} is 32x24 but {MASK} is 7x9",
@@ -372,14 +374,14 @@ BAD = {  # its members, and what the error says of it
     "half": (GOOD | {IMAGE: GOOD[IMAGE][:-200]}, f"{IMAGE}: image file is truncated"),
     "huge": (GOOD | {IMAGE: huge(GOOD[IMAGE])}, f"{IMAGE}: 9000x9000, more than"),
     "large": (GOOD | {MASK: bytes(kvasir_seg.LIMIT + 1)}, f"{MASK}: {kvasir_seg.LIMIT + 1} bytes"),
-    "up": (GOOD | {"images/../../x.jpg": b""}, "leaves the folder"),
-    "root": (GOOD | {"/images/x.jpg": b""}, "leaves the folder"),
-    "drive": (GOOD | {"C:\\images\\x.jpg": b""}, "leaves the folder"),
+    "up": (GOOD | {"images/../../x.jpg": b""}, "points outside the zip"),
+    "root": (GOOD | {"/images/x.jpg": b""}, "points outside the zip"),
+    "drive": (GOOD | {"C:\\images\\x.jpg": b""}, "points outside the zip"),
 }
 
 
 def check_nothing_is_left(data_dir):
-    """No record, and no directory that TFDS could take for a version of the dataset."""
+    """Assert that no record is left, nor a folder that TFDS could take for the dataset."""
     for pattern in ("*1.0.0*", "*incomplete*", "*record*"):
         assert not list(data_dir.rglob(pattern))
 
@@ -392,13 +394,13 @@ def check_refused(path, data_dir, message):
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_zip_is_one_error_and_leaves_nothing(tmp_path, case):
+def test_bad_zip_raises_value_error_and_leaves_nothing(tmp_path, case):
     members, message = BAD[case]
     check_refused(write_zip(tmp_path, members), tmp_path, message)
 
 
 @pytest.mark.parametrize("content", ["truncated", "not a zip", "nothing", "flipped"])
-def test_a_broken_file_is_one_error_and_leaves_nothing(tmp_path, content):
+def test_broken_file_raises_value_error_and_leaves_nothing(tmp_path, content):
     good = (FOLDER / "dummy_data" / "kvasir-seg.zip").read_bytes()
     path = tmp_path / "broken.zip"
     path.write_bytes(
@@ -412,17 +414,17 @@ def test_a_broken_file_is_one_error_and_leaves_nothing(tmp_path, content):
     check_refused(path, tmp_path, "CRC" if content == "flipped" else "not a zip file")
 
 
-def test_a_partial_zip_is_not_enough_for_a_published_protocol(tmp_path):
+def test_partial_zip_is_refused_for_a_published_protocol(tmp_path):
     path = FOLDER / "dummy_data" / "kvasir-seg.zip"
-    with pytest.raises(ValueError, match="1000 of the 1000 images of article are not in it"):
+    with pytest.raises(ValueError, match="1000 of the 1000 images of article are missing"):
         tfds_kvasir.sources("kvasir_seg", data_dir=tmp_path, kvasir_zip=path)
     check_nothing_is_left(tmp_path)
 
 
-# How it is used
+# Use through TFDS
 
 
-def test_by_name_without_tensorflow_and_without_chatter(thousand, tmp_path):
+def test_builder_by_name_needs_no_tensorflow_and_prints_nothing(all_names_zip, tmp_path):
     program = """
 import sys, tensorflow_datasets as tfds, tfds_kvasir
 tfds_kvasir.sources("kvasir_seg", data_dir=sys.argv[1])
@@ -435,14 +437,14 @@ assert "tensorflow" not in sys.modules
 """
     run = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],
-        env=ENVIRONMENT | {"KVASIR_SEG_ZIP": str(thousand)},
+        env=ENVIRONMENT | {"KVASIR_SEG_ZIP": str(all_names_zip)},
         capture_output=True,
         text=True,
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
-def test_the_format_is_array_record_where_tensorflow_is_missing(dummy, tmp_path, monkeypatch):
+def test_default_format_is_array_record_without_tensorflow(dummy, tmp_path, monkeypatch):
     archive, data_dir = dummy
     find_spec = importlib.util.find_spec
     missing: dict[str, object] = {"tensorflow": None}
@@ -458,12 +460,12 @@ def test_the_format_is_array_record_where_tensorflow_is_missing(dummy, tmp_path,
     missing["tensorflow"] = object()
     builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=tmp_path)
     assert builder.info.file_format == tfds.core.FileFormat.TFRECORD
-    builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=data_dir)  # as it was prepared
+    builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=data_dir)  # already prepared
     assert builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
 
 
-def test_tfds_build_takes_the_folder(thousand, tmp_path):
-    # `tfds build` itself, whose other subcommands import TensorFlow.
+def test_tfds_build_accepts_the_folder(all_names_zip, tmp_path):
+    # Only the `build` subcommand of the `tfds` program: the other subcommands import TensorFlow.
     program = """
 import simple_parsing
 from tensorflow_datasets.scripts.cli import build
@@ -474,7 +476,7 @@ parser.parse_args().build.execute()
     run = subprocess.run(
         [sys.executable, "-c", program, "--config=medico", f"--data_dir={tmp_path}"],
         env=ENVIRONMENT
-        | {"KVASIR_SEG_ZIP": str(thousand), "PYTHONPATH": os.pathsep.join(sys.path)},
+        | {"KVASIR_SEG_ZIP": str(all_names_zip), "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=FOLDER,
         capture_output=True,
         text=True,
@@ -486,7 +488,7 @@ parser.parse_args().build.execute()
     ]
 
 
-def test_the_folder_says_what_tfds_asks_for():
+def test_folder_has_the_metadata_that_tfds_requires():
     metadata = kvasir_seg.Builder.get_metadata()
     assert "15.4 %" in metadata.description and "10.1007/978-3-030-37734-2_37" in metadata.citation
     assert set(metadata.tags) <= {tag.split()[0] for tag in valid_tags()} and metadata.tags
@@ -497,39 +499,39 @@ def valid_tags():
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def test_dummy_data_is_what_its_script_draws(tmp_path):
+def test_dummy_data_matches_its_script(tmp_path):
     draw_zip(tmp_path / "again.zip")
     with zipfile.ZipFile(tmp_path / "again.zip") as again:
         drawn = {name: grey(again.read(name)).astype(int) for name in again.namelist()}
     assert GOOD.keys() == drawn.keys()
-    for name, content in GOOD.items():  # another JPEG library may round another way
+    for name, content in GOOD.items():  # other JPEG libraries may round differently
         assert np.abs(grey(content) - drawn[name]).max() < 16
 
 
-# The real one
+# The real zip
 
 
 @pytest.fixture(scope="module")
 def medico(tmp_path_factory):
-    """The real zip, opened, and a data_dir with a protocol of it."""
+    """The real zip, opened, and a data_dir with the protocol medico prepared from it."""
     data_dir = tmp_path_factory.mktemp("real")
     tfds_kvasir.sources("kvasir_seg", "medico", data_dir=data_dir, kvasir_zip=REAL)
     return zipfile.ZipFile(REAL), data_dir
 
 
 @real
-def test_real_examples_are_the_zips(medico):
+def test_real_examples_equal_the_files_of_the_zip(medico):
     archive, data_dir = medico
     sources = tfds_kvasir.sources("kvasir_seg", "medico", data_dir=data_dir)
     assert {split: len(source) for split, source in sources.items()} == SIZES["medico"]
     for split, names in PROTOCOLS["medico"].items():
         check_source(sources[split], archive, names)
-    shares = [grey(e["mask"]).mean() for source in sources.values() for e in source]
-    assert abs(np.mean(shares) - 0.1539) <= 0.0005
+    fractions = [grey(e["mask"]).mean() for source in sources.values() for e in source]
+    assert abs(np.mean(fractions) - 0.1539) <= 0.0005
 
 
 @real
-def test_real_boxes_are_those_of_the_masks_parts(medico):
+def test_real_boxes_enclose_the_components_of_the_mask(medico):
     archive, data_dir = medico
     builder = tfds.builder("kvasir_seg", config="medico", data_dir=data_dir)
     skip = {key: tfds.decode.SkipDecoding() for key in ("image", "mask")}
@@ -539,7 +541,7 @@ def test_real_boxes_are_those_of_the_masks_parts(medico):
 
 
 @real
-def test_real_zip_has_the_names_of_every_protocol():
+def test_real_zip_has_the_names_of_all_protocols():
     with zipfile.ZipFile(REAL) as archive:
         files = [Path(name) for name in archive.namelist()]
     for folder in ("images", "masks"):

@@ -14,30 +14,29 @@ def pair():
     return jnp.asarray(logits), jnp.asarray(rng.integers(0, 2, logits.shape), jnp.float32)
 
 
-def test_bce_equals_float64(pair):
+def test_bce_equals_the_float64_reference(pair):
     np.testing.assert_allclose(bce(*pair), reference.bce(*pair), rtol=1e-6)
 
 
-def test_bce_of_hand_made_numbers():
-    logits = jnp.log(jnp.array([3.0, 1.0, 1 / 3, 1.0])).reshape(
-        1, 2, 2, 1
-    )  # p = 3/4, 1/2, 1/4, 1/2
+def test_bce_of_known_probabilities():
+    odds = jnp.array([3.0, 1.0, 1 / 3, 1.0])  # p = 3/4, 1/2, 1/4, 1/2
+    logits = jnp.log(odds).reshape(1, 2, 2, 1)
     labels = jnp.array([1.0, 1.0, 0.0, 0.0]).reshape(1, 2, 2, 1)
     expected = (2 * np.log(4 / 3) + 2 * np.log(2)) / 4
     np.testing.assert_allclose(bce(logits, labels), [expected], rtol=1e-6)
 
 
-def test_soft_dice_equals_float64(pair):
+def test_soft_dice_equals_the_float64_reference(pair):
     np.testing.assert_allclose(soft_dice(*pair), reference.soft_dice(*pair), rtol=1e-5)
 
 
-def test_soft_dice_of_nothing_and_of_a_perfect_answer_is_zero():
+def test_soft_dice_is_zero_for_empty_and_for_perfect_predictions():
     empty = jnp.zeros((1, 4, 4, 1))
     np.testing.assert_allclose(soft_dice(empty - 100, empty), [0], atol=1e-6)
     np.testing.assert_allclose(soft_dice(empty + 100, empty + 1), [0], atol=1e-6)
 
 
-def test_the_sum_is_the_sum(pair):
+def test_bce_soft_dice_is_their_sum(pair):
     np.testing.assert_allclose(
         bce_soft_dice(*pair), reference.bce(*pair) + reference.soft_dice(*pair), rtol=1e-5
     )

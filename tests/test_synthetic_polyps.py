@@ -1,4 +1,4 @@
-"""Drawn polyps: the same from the same seed, well formed, and too hard for their colours alone."""
+"""Synthetic polyps are reproducible, well formed, and cannot be found by colour alone."""
 
 import io
 
@@ -31,7 +31,7 @@ def builder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stored(builder) -> dict[str, list[dict]]:
-    """{split: examples}, with the files of images and masks as they are."""
+    """{split: examples}, with the undecoded files of images and masks."""
     encoded = {key: tfds.decode.SkipDecoding() for key in ("image", "mask")}
     return {split: list(builder.as_data_source(split, decoders=encoded)) for split in SIZES}
 
@@ -41,48 +41,48 @@ def masks(stored) -> np.ndarray:
     return np.stack([decode(e["mask"]) for split in stored.values() for e in split])
 
 
-def test_draw_depends_on_the_generator_alone():
+def test_draw_depends_only_on_the_generator():
     image, mask = draw(np.random.default_rng(3), 64)
     assert image.shape == (64, 64, 3) and image.dtype == np.uint8
     assert mask.shape == (64, 64) and mask.dtype == bool
-    np.random.seed(1)  # no hidden state has a say
+    np.random.seed(1)  # NumPy's global state has no effect
     again, mask_again = draw(np.random.default_rng(3), 64)
     np.testing.assert_array_equal(again, image)
     np.testing.assert_array_equal(mask_again, mask)
 
 
 @pytest.mark.parametrize("size", [32, 95, 256])
-def test_draw_any_size(size):
+def test_draw_at_several_sizes(size):
     image, mask = draw(np.random.default_rng(0), size)
     assert image.shape == (size, size, 3) and mask.shape == (size, size)
     assert mask.any() and not mask.all()
 
 
-def test_draw_refuses_what_is_too_small():
+def test_draw_refuses_a_size_below_32():
     with pytest.raises(ValueError, match="at least 32, got 31"):
         draw(np.random.default_rng(0), 31)
 
 
-def test_three_splits(builder, stored):
+def test_split_names_and_sizes(builder, stored):
     assert {name: split.num_examples for name, split in builder.info.splits.items()} == SIZES
     assert {name: len(split) for name, split in stored.items()} == SIZES
     assert SIZES.keys() == {"train", "validation", "test"}
 
 
-def test_same_seed_same_files(stored):
-    # The builder drew them the first time.
+def test_same_seed_gives_the_same_files(stored):
+    # The stored files were drawn by the builder; draw them again.
     for again, example in zip(examples("validation", seed=0), stored["validation"], strict=True):
         assert again["image"] == example["image"]
         assert again["mask"] == example["mask"]
         assert again["name"] == example["name"].decode()
 
 
-def test_other_seed_other_pictures(stored):
+def test_another_seed_gives_other_files(stored):
     for other, example in zip(examples("validation", seed=1), stored["validation"], strict=True):
         assert other["image"] != example["image"] and other["mask"] != example["mask"]
 
 
-def test_no_picture_twice(stored):
+def test_no_duplicates(stored):
     for key in ("image", "mask", "name"):
         assert len({e[key] for split in stored.values() for e in split}) == sum(SIZES.values())
 
@@ -100,20 +100,20 @@ def test_masks_are_png_of_0_and_1(stored):
         assert set(np.unique(mask)) == {0, 1}
 
 
-def test_masks_have_one_to_three_parts(masks):
-    # Polyps may overlap, so there are at most as many parts as polyps; none is cut in two.
-    parts = [ndimage.label(mask, np.ones((3, 3)))[1] for mask in masks]
-    assert set(parts) == {1, 2, 3}
+def test_masks_have_one_to_three_components(masks):
+    # There are at most as many components as polyps: polyps may overlap, and none is cut in two.
+    counts = [ndimage.label(mask, np.ones((3, 3)))[1] for mask in masks]
+    assert set(counts) == {1, 2, 3}
 
 
-def test_share_of_the_foreground(masks):
-    share = masks.mean((1, 2))
-    assert 0.01 < share.min() < 0.03 and 0.4 < share.max() < 0.7
-    assert 0.10 < share.mean() < 0.20
-    assert np.quantile(share, 0.9) / np.quantile(share, 0.1) > 5
+def test_fraction_of_foreground(masks):
+    fraction = masks.mean((1, 2))
+    assert 0.01 < fraction.min() < 0.03 and 0.4 < fraction.max() < 0.7
+    assert 0.10 < fraction.mean() < 0.20
+    assert np.quantile(fraction, 0.9) / np.quantile(fraction, 0.1) > 5
 
 
-def test_boxes_are_those_of_the_parts(stored):
+def test_boxes_enclose_the_components(stored):
     for example in stored["test"]:
         mask = decode(example["mask"]).astype(bool)
         expected = np.array(sorted(flooded_boxes(mask)), np.float32)
@@ -121,27 +121,27 @@ def test_boxes_are_those_of_the_parts(stored):
 
 
 def flooded_boxes(mask):
-    """Boxes by growing each part from a seed pixel until it stops."""
-    left = mask.copy()
+    """Bounding boxes by flood fill: grow each component from a seed pixel until it is complete."""
+    remaining = mask.copy()
     height, width = mask.shape
-    while left.any():
-        part = np.zeros_like(mask)
-        part.flat[left.argmax()] = True
+    while remaining.any():
+        component = np.zeros_like(mask)
+        component.flat[remaining.argmax()] = True
         size = 0
-        while part.sum() > size:
-            size = part.sum()
-            padded = np.pad(part, 1)
+        while component.sum() > size:
+            size = component.sum()
+            padded = np.pad(component, 1)
             for dy in range(3):
                 for dx in range(3):
-                    part |= padded[dy : dy + height, dx : dx + width] & mask
-        y, x = part.nonzero()
+                    component |= padded[dy : dy + height, dx : dx + width] & mask
+        y, x = component.nonzero()
         yield y.min() / height, x.min() / width, (y.max() + 1) / height, (x.max() + 1) / width
-        left &= ~part
+        remaining &= ~component
 
 
 def test_boxes_by_hand():
     mask = np.zeros((4, 8), bool)
-    mask[0, 1] = mask[1, 2] = True  # one part: they touch at a corner
+    mask[0, 1] = mask[1, 2] = True  # one component: they touch at a corner
     mask[3] = True
     assert boxes(mask) == [
         tfds.features.BBox(ymin=0, xmin=1 / 8, ymax=2 / 4, xmax=3 / 8),
@@ -151,21 +151,21 @@ def test_boxes_by_hand():
 
 
 @pytest.mark.parametrize("mask", [np.zeros((4, 8), np.uint8), np.zeros((4, 8, 1), bool)])
-def test_masks_must_be_bool_of_two_axes(mask):
+def test_mask_must_be_bool_with_two_axes(mask):
     for function in (boxes, encode_mask):
         with pytest.raises(ValueError, match="must be bool"):
             function(mask)
 
 
-def test_tfds_decodes_them(builder, stored):
+def test_tfds_decodes_the_files(builder, stored):
     decoded = builder.as_data_source("test")[0]
     np.testing.assert_array_equal(decoded["mask"][..., 0], decode(stored["test"][0]["mask"]))
     assert decoded["image"].shape == (128, 128, 3) and decoded["image"].dtype == np.uint8
     assert "drawn by code" in builder.info.description
 
 
-def test_colours_do_not_suffice(stored):
-    """Logistic regression on RGB, near and far, stays under 0.7: a network has something to do."""
+def test_colour_alone_is_not_enough(stored):
+    """Logistic regression on RGB and blurred RGB stays below a Dice of 0.7."""
 
     def colours(examples):  # [N, H, W, 9]
         image = np.stack([decode(e["image"]) for e in examples]) / 255
@@ -188,7 +188,7 @@ def test_colours_do_not_suffice(stored):
         return classifier.decision_function(colour.reshape(-1, 9)).reshape(colour.shape[:3])
 
     train_logits, test_logits = logits(train), logits(colours(stored["test"]))
-    assert roc_auc_score(label.ravel()[::16], train_logits.ravel()[::16]) > 0.55  # it has learned
+    assert roc_auc_score(label.ravel()[::16], train_logits.ravel()[::16]) > 0.55  # above chance
     thresholds = np.linspace(-4, 1, 21)
     per_image, pooled = np.argmax([dice(train_logits > t, label) for t in thresholds], axis=0)
     assert dice(test_logits > thresholds[per_image], labels(stored["test"]))[0] < 0.7

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Runs the suite at the ends of the version window, each in a fresh environment of its own:
-#   python3.11  the newest packages that still take Python 3.11
-#   newest      the newest packages, on Python 3.13 or else 3.12
-#   colab       what Colab's TPU machines have; installing this project must change none of it
-# tests/versions.sh NAME... runs only those. Where the interpreter is absent, a run is skipped.
+# Runs the test suite at both ends of the supported version range, each in a fresh environment:
+#   python3.11  the newest packages that support Python 3.11
+#   newest      the newest packages, on Python 3.13, or 3.12 if that is missing
+#   colab       the packages of Colab's TPU machines; installing this project must not change them
+# tests/versions.sh NAME... runs only these. If the interpreter is missing, a run is skipped.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 COLAB=(jax==0.7.2 jaxlib==0.7.2 flax==0.11.2 optax==0.2.8 orbax-checkpoint==0.12.4 grain==0.2.18
   tensorflow-datasets==4.9.10 numpy==2.1.3 matplotlib tqdm rich)
 
-# Fails if pip's report would install anew what is there already.
+# Fails if, according to pip's report, an installed package would be installed again.
 KEEPS='
 import importlib.metadata, json, re, sys
 names = lambda found: {re.sub("[-_.]+", "-", metadata["name"]).lower() for metadata in found}
 present = names(d.metadata for d in importlib.metadata.distributions())
 wanted = names(package["metadata"] for package in json.load(sys.stdin)["install"])
 if changed := present & wanted:
-    sys.exit(f"pip install . would change what Colab has: {sorted(changed)}")
+    sys.exit(f"pip install . would change packages of Colab: {sorted(changed)}")
 '
 VERSIONS='
 import flax, jax, platform
 print(f"Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}")
 '
 
-# The first of the interpreters that works: a shim of pyenv may be on PATH and refuse to run.
+# Prints the first interpreter that works: a pyenv shim may be on PATH and yet fail to run.
 interpreter() {
   local python
   for python in "$@"; do
@@ -49,7 +49,7 @@ check() { # NAME INTERPRETER...
   shift
   echo "== $name"
   if ! python=$(interpreter "$@"); then
-    summary+=("$name: skipped, cannot run $*")
+    summary+=("$name: skipped, none of these interpreters works: $*")
   elif ! { "$python" -m venv --clear "$env" && install "$name" "$env"; }; then
     summary+=("$name: FAILED to install")
     failed=1
@@ -68,7 +68,7 @@ for name in "$@"; do
     python3.11) check "$name" python3.11 ;;
     newest) check "$name" python3.13 python3.12 ;;
     colab) check "$name" python3.13 ;;
-    *) echo "no environment $name: python3.11, newest or colab" && exit 2 ;;
+    *) echo "unknown environment $name: choose python3.11, newest or colab" && exit 2 ;;
   esac
 done
 echo

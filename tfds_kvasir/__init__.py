@@ -1,4 +1,4 @@
-"""Kvasir-SEG and drawn polyps as TFDS datasets: importing this registers them by name."""
+"""Kvasir-SEG and synthetic polyps as TFDS datasets; importing this package registers them."""
 
 import contextlib
 import importlib.util
@@ -8,10 +8,19 @@ from collections.abc import Sequence
 
 import tensorflow_datasets as tfds
 
+from tfds_kvasir.examples import SegmentationBuilder
 from tfds_kvasir.kvasir_seg import kvasir_seg_dataset_builder  # noqa: F401
 from tfds_kvasir.synthetic_polyps import synthetic_polyps_dataset_builder  # noqa: F401
 
-__all__ = ["sources"]
+__all__ = ["datasets", "sources"]
+
+
+def datasets() -> dict[str, list[str]]:
+    """The names of the datasets imported above, and of the configurations of each."""
+    return {
+        builder.name: [config.name for config in builder.BUILDER_CONFIGS]
+        for builder in SegmentationBuilder.__subclasses__()
+    }
 
 
 def sources(
@@ -21,40 +30,41 @@ def sources(
     data_dir: str | os.PathLike[str] | None = None,
     **builder_kwargs,
 ) -> dict[str, Sequence[dict]]:
-    """Open every split of a dataset, {split: source}; prepare it first where it is not there yet.
+    """Open all splits of a dataset as {split: source}, and prepare the dataset first if necessary.
 
     Args:
-        name: "kvasir_seg" or "synthetic_polyps".
-        config: of the dataset, such as "medico"; its first one by default.
-        data_dir: where TFDS keeps datasets; ~/tensorflow_datasets by default.
-        **builder_kwargs: of the dataset's builder, such as kvasir_zip="kvasir-seg.zip".
+        name: one of `datasets()`.
+        config: configuration of the dataset, such as "medico"; the first one by default.
+        data_dir: folder in which TFDS stores datasets; ~/tensorflow_datasets by default.
+        **builder_kwargs: arguments of the dataset's builder, such as kvasir_zip="kvasir-seg.zip".
 
     Returns:
-        Sources in the order of the split: source[i] is {"name": str, "image": bytes,
-        "mask": bytes}, the files of a picture and of its mask of 0 and 1, not decoded. Threads
-        may share a source.
+        A sequence per split, in the split's order. source[i] is {"name": str, "image": bytes,
+        "mask": bytes}: the undecoded files of a picture and of its mask, whose pixels are 0 or 1.
+        Several threads may read the same source.
 
     Raises:
-        FileNotFoundError: kvasir_zip, or KVASIR_SEG_ZIP, is not a file.
-        ConnectionError: Kvasir-SEG is not here and cannot be downloaded.
-        ValueError: the zip is not a sound Kvasir-SEG, and nothing half-made is left; or data_dir
-            holds the dataset as tfrecord, or damaged (also when an example is read);
-            or array_record is missing, as on Windows.
+        FileNotFoundError: kvasir_zip or KVASIR_SEG_ZIP is not a file.
+        ConnectionError: no kvasir-seg.zip is present and it cannot be downloaded.
+        ValueError: the zip is not a valid Kvasir-SEG (nothing incomplete is left in data_dir);
+            or the dataset in data_dir is stored as tfrecord, or is damaged (also raised when
+            an example is read); or array_record is not installed, as on Windows.
     """
     if importlib.util.find_spec("array_record") is None:
         raise ValueError(
-            f"{name} needs array_record, which Windows lacks: use a folder of pictures"
+            f"{name} needs array_record, which does not exist for Windows: use a folder of "
+            "pictures instead"
         )
     builder = tfds.builder(name, config=config, data_dir=data_dir, **builder_kwargs)
-    # TFDS draws progress bars and prints its sizes as unknown; what fails is raised all the same.
+    # Hide TFDS' progress bars and its report of unknown sizes; errors are raised regardless.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        builder.download_and_prepare(file_format="array_record")  # nothing, where it is prepared
+        builder.download_and_prepare(file_format="array_record")  # no-op if prepared
     encoded = {key: tfds.decode.SkipDecoding() for key in ("image", "mask")}
     try:
         splits = builder.as_data_source(decoders=encoded)
     except NotImplementedError as error:
         raise ValueError(
-            f"{builder.data_path} holds {name} in a format that only TensorFlow reads: name "
+            f"{builder.data_path} holds {name} in a format that only TensorFlow can read: choose "
             "another folder with data_dir (--data-dir)"
         ) from error
     assert isinstance(splits, dict)
@@ -62,7 +72,7 @@ def sources(
 
 
 class _Source(Sequence[dict]):
-    """What TFDS read, with a str for a name and without the boxes."""
+    """A TFDS source, with names decoded to str and without the boxes."""
 
     def __init__(self, source, path):
         self._source, self._path = source, path
@@ -71,14 +81,14 @@ class _Source(Sequence[dict]):
         return len(self._source)
 
     def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]  # no slices
-        # A range gives negative indices their meaning, and the IndexError that ends a loop.
+        # Indexing a range resolves negative indices and raises the IndexError that ends a loop.
         try:
             example = self._source[range(len(self))[index]]
-        except RuntimeError as error:  # of the C++ reader
+        except RuntimeError as error:  # from the C++ reader
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"{self._path} cannot be read; if it is damaged, remove it to have it prepared "
-                f"anew: {reason}"
+                f"{self._path} cannot be read; if it is damaged, delete it and it will be prepared "
+                f"again: {reason}"
             ) from error
         return {
             "name": example["name"].decode(),

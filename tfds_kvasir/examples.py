@@ -1,4 +1,4 @@
-"""What both datasets share: their features, and what becomes of a mask."""
+"""Shared by both datasets: features, mask encoding, bounding boxes, a base class of builders."""
 
 import importlib.util
 import io
@@ -10,7 +10,7 @@ from scipy import ndimage
 
 
 def features() -> tfds.features.FeaturesDict:
-    """An image, its mask of 0 and 1, its name, and the boxes of the mask's parts."""
+    """An image, its mask of 0 and 1, its name, and the boxes of the mask's connected components."""
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(encoding_format="jpeg"),
@@ -24,13 +24,13 @@ def features() -> tfds.features.FeaturesDict:
 
 
 class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A builder that needs no TensorFlow."""
+    """A builder that works without TensorFlow."""
 
     def __init__(self, *, file_format: str | tfds.core.FileFormat | None = None, **kwargs):
-        """Args beyond TFDS' own:
+        """Args, in addition to those of TFDS:
 
-        file_format: of the dataset to prepare; by default TFDS' own, which is tfrecord, or
-            array_record where TensorFlow is missing.
+        file_format: format in which the dataset is prepared; by default tfrecord, as in TFDS,
+            or array_record if TensorFlow is not installed.
         """
         super().__init__(file_format=file_format, **kwargs)
         no_tensorflow = importlib.util.find_spec("tensorflow") is None
@@ -39,9 +39,9 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
 
 def encode_mask(mask: np.ndarray) -> bytes:
-    """A bool mask [H, W] as the bytes of a 1-channel PNG of 0 and 1.
+    """Encode a bool mask [H, W] as the bytes of a 1-channel PNG of 0 and 1.
 
-    Bytes, because TFDS stores them as they are; it would send an array through TensorFlow.
+    TFDS stores bytes unchanged; it would encode an array with TensorFlow.
     """
     _check(mask)
     buffer = io.BytesIO()
@@ -50,20 +50,21 @@ def encode_mask(mask: np.ndarray) -> bytes:
 
 
 def boxes(mask: np.ndarray) -> list[tfds.features.BBox]:
-    """The boxes of the 8-connected parts of a bool mask [H, W], by their first pixel in row order.
+    """Bounding boxes of the 8-connected components of a bool mask [H, W].
 
-    Coordinates are shares of the height and width in [0, 1]; ymax and xmax are exclusive, so one
+    They are ordered by the first pixel of the component in row-major order. Coordinates are
+    fractions of the height and width, in [0, 1]; ymax and xmax are exclusive, so the box of one
     pixel has the area 1 / (H * W). An empty mask has no box.
     """
     _check(mask)
     height, width = mask.shape
-    parts = np.zeros(mask.shape, np.int32)
-    ndimage.label(mask, structure=np.ones((3, 3)), output=parts)
+    components = np.zeros(mask.shape, np.int32)
+    ndimage.label(mask, structure=np.ones((3, 3)), output=components)
     return [
         tfds.features.BBox(
             ymin=y.start / height, xmin=x.start / width, ymax=y.stop / height, xmax=x.stop / width
         )
-        for y, x in ndimage.find_objects(parts)
+        for y, x in ndimage.find_objects(components)
     ]
 
 

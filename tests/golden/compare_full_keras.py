@@ -1,9 +1,9 @@
-"""Compare the article's network, at its own size, with Keras: the answers, then five Adam steps.
+"""Compare the tutorial's network at full size with Keras: its outputs, then five Adam steps.
 
     pip install tensorflow-cpu keras -e .
     python tests/golden/compare_full_keras.py
 
-Run by hand: it takes some minutes and both frameworks.
+Not part of the test suite: it takes some minutes and needs both frameworks.
 """
 
 import platform
@@ -30,15 +30,15 @@ MODEL = UNet(features=ARTICLE, group_size=None)
 
 
 def our_params(model) -> dict:
-    """The weights of a Keras model as our parameters."""
+    """The weights of a Keras model in the layout of our parameters."""
     flat = {path: from_keras(path, v.numpy()) for path, v in variables(model).items()}
     return jax.tree.map(jnp.asarray, unflatten_dict(flat, sep="/"))
 
 
 def train_ours(tx: optax.GradientTransformation, params: dict, batches: list):
-    """The loss before each step, and the parameters after the last."""
+    """The loss before each step, and the parameters after the last step."""
     step = make_train_step(MODEL, tx, bce)
-    params = jax.tree.map(jnp.copy, params)  # the step takes them over
+    params = jax.tree.map(jnp.copy, params)  # the step donates them
     state = TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     losses = []
     for image, mask in batches:
@@ -49,7 +49,7 @@ def train_ours(tx: optax.GradientTransformation, params: dict, batches: list):
 
 
 def train_keras(model, batches: list) -> list[float]:
-    """The same in Keras, compiled as the article compiles it."""
+    """The same in Keras, with the optimizer and loss that the tutorial compiles."""
     model.compile(optimizer="adam", loss="binary_crossentropy")
     return [
         float(model.train_on_batch(np.float32(256 * (image / 255)), np.float32(mask)))
@@ -58,7 +58,7 @@ def train_keras(model, batches: list) -> list[float]:
 
 
 def compare_answers(model) -> None:
-    """Print how far the logits and probabilities of two images are apart."""
+    """Print the largest differences between the logits and probabilities of two images."""
     import keras
 
     image, _ = pictures(np.random.default_rng(1), 2, SIZE, SIZE)
@@ -80,7 +80,7 @@ def compare_answers(model) -> None:
 
 
 def compare_training(model) -> None:
-    """Print the losses of Keras and ours, with optax' Adam and with Keras' formula of it."""
+    """Print the losses of Keras and ours, with optax's Adam and with Keras' formula for Adam."""
     start = our_params(model)
     rng = np.random.default_rng(2)
     batches = [pictures(rng, BATCH, SIZE, SIZE) for _ in range(STEPS)]

@@ -1,10 +1,10 @@
-"""Write keras_unet.npz: what the article's network answers in Keras, for tests/test_keras.py.
+"""Write keras_unet.npz, the outputs of the tutorial's network in Keras, for tests/test_keras.py.
 
     pip install tensorflow-cpu keras
     python tests/golden/make_keras_golden.py
 
-A narrow network of the article's structure, with random weights and biases, is run in float64 on
-two pictures that are not square. Keras is imported only by the functions that run it.
+The network is a narrow version of the tutorial's, with random weights and biases, in float64; its
+input is two images that are not square. Keras is imported only by the functions that run it.
 """
 
 import json
@@ -21,10 +21,10 @@ DROPOUT = (0.1, 0.1, 0.2, 0.2, 0.3, 0.3)
 
 
 def article_keras(features: Sequence[int], dropout: Sequence[float] = DROPOUT):
-    """The article's network in Keras: images in [0, 256], any size, to probabilities.
+    """The tutorial's network in Keras: images in [0, 256], of any size, to probabilities.
 
-    Its layers bear the names of our parameter tree, with a dot for the slash Keras forbids; the
-    layer "head" gives the logits.
+    Its layers have the names of our parameter tree, with dots instead of slashes, which Keras
+    forbids; the output of the layer "head" is the logits.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from keras import Input, Model, layers
@@ -61,7 +61,7 @@ def article_keras(features: Sequence[int], dropout: Sequence[float] = DROPOUT):
 
 
 def variables(model) -> dict:
-    """The variables of `article_keras` by their path in our parameter tree."""
+    """The variables of `article_keras`, keyed by their path in our parameter tree."""
     return {
         f"{layer.name.replace('.', '/')}/{variable.name}": variable
         for layer in model.layers
@@ -70,13 +70,13 @@ def variables(model) -> dict:
 
 
 def from_keras(path: str, array: np.ndarray) -> np.ndarray:
-    """A weight of Keras, or its gradient, as ours: only Conv2DTranspose has (out, in) kernels."""
+    """A Keras weight or its gradient in our layout: only Conv2DTranspose has (out, in) kernels."""
     upsample = path.startswith("upsample") and path.endswith("kernel")
     return array.swapaxes(-1, -2) if upsample else array
 
 
 def pictures(rng: np.random.Generator, n: int, height: int, width: int):
-    """Bright ellipses in noise, uint8 [n, height, width, 3]; their masks, uint8 [n, ..., 1]."""
+    """Bright ellipses in noise, uint8 [n, height, width, 3], and their masks, uint8 [n, ..., 1]."""
     y, x = np.mgrid[:height, :width]
     size = np.array([height, width])
     centre = rng.uniform(0.3, 0.7, (n, 2, 1, 1)) * size[:, None, None]
@@ -87,7 +87,7 @@ def pictures(rng: np.random.Generator, n: int, height: int, width: int):
 
 
 def main() -> None:
-    """Run both networks, the narrow one for its answers and the article's for its parameters."""
+    """Run the narrow network for its outputs; build the tutorial's for its initial parameters."""
     full = {
         path: from_keras(path, variable.numpy())
         for path, variable in variables(article_keras(ARTICLE)).items()
@@ -101,8 +101,8 @@ def main() -> None:
     weights = variables(model)
     rng = np.random.default_rng(0)
     for path, variable in weights.items():
-        # Not Keras' own draw: biases of zero would hide mistakes, and in so narrow a network
-        # whole units would be dead.
+        # Not Keras' own initial values: zero biases would hide mistakes, and in so narrow a
+        # network some units would be dead.
         bias = path.endswith("bias")
         scale = 0.3 if bias else 1.4 / np.sqrt(np.prod(variable.shape[:-1]))
         variable.assign(rng.normal(0.5 * bias, scale, variable.shape).astype(np.float32))
@@ -126,7 +126,7 @@ def main() -> None:
         image=image,
         mask=mask,
         features=np.array(NARROW),
-        # of the article's network as Keras makes it: [shape, standard deviation, largest]
+        # initial parameters of the tutorial's network in Keras: [shape, std, largest]
         article=json.dumps(
             {p: [w.shape, float(w.std()), float(abs(w).max())] for p, w in full.items()}
         ),

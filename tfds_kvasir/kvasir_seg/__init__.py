@@ -1,1 +1,1 @@
-"""The Kvasir-SEG dataset in TFDS' own folder form."""
+"""The Kvasir-SEG dataset, in the folder layout of TFDS."""

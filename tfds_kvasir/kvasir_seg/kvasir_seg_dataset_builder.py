@@ -1,4 +1,4 @@
-"""Kvasir-SEG: 1000 pictures of polyps, their masks, and the splits that papers use."""
+"""Kvasir-SEG: 1000 pictures of polyps, their masks, and the splits used in papers."""
 
 import contextlib
 import dataclasses
@@ -17,44 +17,45 @@ from PIL import Image
 from tfds_kvasir.examples import SegmentationBuilder, boxes, encode_mask, features
 
 URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
-THRESHOLD = 127  # JPEG left no grey of any mask in 11..244
-LIMIT = 64_000_000  # pixels of a picture and bytes of its file; the largest real one has 2 million
+THRESHOLD = 127  # no published mask has a grey level in 11..244
+LIMIT = 64_000_000  # pixels of a picture, and bytes of its file; the largest has 2 million pixels
 
-WAYS = """\
-Download it where there is a network, then
+REMEDIES = """\
+Download kvasir-seg.zip on a machine with network access, then
 - pass its path: --kvasir-zip kvasir-seg.zip, or in Python
   tfds.builder("kvasir_seg", kvasir_zip="kvasir-seg.zip"), or
-- name its path in the environment variable KVASIR_SEG_ZIP, or
-- put it, as kvasir-seg.zip, into TFDS' manual_dir (<data_dir>/downloads/manual).
-`make demo` needs none of it."""
+- set the environment variable KVASIR_SEG_ZIP to its path, or
+- put it into TFDS' manual_dir (<data_dir>/downloads/manual) under the name kvasir-seg.zip.
+`make demo` does not need this dataset."""
 
 
 @dataclasses.dataclass(eq=False)
 class Protocol(tfds.core.BuilderConfig):
     """The names of every split, in order: {"train": [...], "validation": [...], ...}.
 
-    Any other division of the images, such as a fold of a cross-validation, is one more of these:
-    `tfds.builder("kvasir_seg", config=Protocol(name="fold0", splits={...}))`.
+    To split the pictures differently, for example into the folds of a cross-validation, pass your
+    own protocol: `tfds.builder("kvasir_seg", config=Protocol(name="fold0", splits={...}))`.
     """
 
     splits: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 _DESCRIPTIONS = {
-    "article": "603/67/330: a third of the sorted names for the test, the last tenth of the rest.",
-    "medico": "880/120: the authors' own lists for MediaEval Medico 2020; there is no test split.",
-    "effisegnet": "800/100/100: the lists that EffiSegNet ships.",
+    "article": "603/67/330, as in the tutorial: a random third of the sorted names for test, the "
+    "last tenth of the rest for validation.",
+    "medico": "880/120: the dataset authors' lists for MediaEval Medico 2020; no test split.",
+    "effisegnet": "800/100/100: the lists published with EffiSegNet.",
     "sorted42": "800/100/100: sklearn's train_test_split of the sorted names, random_state=42.",
 }
 _SPLITS = json.loads(Path(__file__).with_name("splits.json").read_text())
 
 
 class Builder(SegmentationBuilder):
-    """Kvasir-SEG; README.md beside this file says what is in it."""
+    """Kvasir-SEG, described in README.md in this folder."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {
-        "1.0.0": "Original JPEG images; masks are grey > 127, as 1-channel PNG of 0 and 1."
+        "1.0.0": "Original JPEG images; masks are 1-channel PNG, 1 where grey > 127, otherwise 0."
     }
     BUILDER_CONFIGS = [
         Protocol(name=name, description=description, splits=_SPLITS[name])
@@ -62,11 +63,11 @@ class Builder(SegmentationBuilder):
     ]
 
     def __init__(self, *, kvasir_zip: str | os.PathLike[str] | None = None, **kwargs):
-        """Args beyond those of every `SegmentationBuilder`:
+        """Args, in addition to those of `SegmentationBuilder`:
 
-        kvasir_zip: path of kvasir-seg.zip. Without it: the environment variable KVASIR_SEG_ZIP,
-            then kvasir-seg.zip in TFDS' manual_dir, then the download. It is read only where
-            the dataset is not prepared yet.
+        kvasir_zip: path of kvasir-seg.zip. By default the environment variable KVASIR_SEG_ZIP,
+            then kvasir-seg.zip in TFDS' manual_dir, then the download. The zip is read only if
+            the dataset has not been prepared yet.
         """
         super().__init__(**kwargs)
         self._kvasir_zip = kvasir_zip
@@ -77,7 +78,7 @@ class Builder(SegmentationBuilder):
             supervised_keys=("image", "mask"),
             homepage="https://datasets.simula.no/kvasir-seg/",
             license="Research and education only; commercial use needs prior written permission.",
-            disable_shuffling=True,  # the order is the protocol's
+            disable_shuffling=True,  # keep the protocol's order
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
@@ -88,8 +89,8 @@ class Builder(SegmentationBuilder):
         names = [name for split in protocol.splits.values() for name in split]
         if missing := [name for name in names if name not in pairs]:
             raise ValueError(
-                f"{path}: {len(missing)} of the {len(names)} images of {protocol.name} are not in "
-                f"it, the first is images/{missing[0]}.jpg; get {URL} again"
+                f"{path}: {len(missing)} of the {len(names)} images of {protocol.name} are missing,"
+                f" the first is images/{missing[0]}.jpg; download {URL} again"
             )
         return {
             split: self._generate_examples(path, [(name, *pairs[name]) for name in names])
@@ -104,7 +105,7 @@ class Builder(SegmentationBuilder):
                 if image.size != grey.size:
                     raise ValueError(
                         f"{path}: {image_member} is {image.width}x{image.height} but "
-                        f"{mask_member} is {grey.width}x{grey.height}; they must be equal"
+                        f"{mask_member} is {grey.width}x{grey.height}; their sizes must be equal"
                     )
                 mask = np.asarray(grey.convert("L")) > THRESHOLD
                 yield (
@@ -118,60 +119,61 @@ class Builder(SegmentationBuilder):
                 )
 
     def _zip_path(self, dl_manager: tfds.download.DownloadManager) -> Path:
-        given = {"kvasir_zip": self._kvasir_zip, "KVASIR_SEG_ZIP": os.environ.get("KVASIR_SEG_ZIP")}
-        for source, value in given.items():
+        paths = {"kvasir_zip": self._kvasir_zip, "KVASIR_SEG_ZIP": os.environ.get("KVASIR_SEG_ZIP")}
+        for source, value in paths.items():
             if value:
                 path = Path(value).expanduser()
                 if not path.is_file():
                     raise FileNotFoundError(f"{source} is {path}, which is not a file")
                 return path
-        # dl_manager.manual_dir asks for MANUAL_DOWNLOAD_INSTRUCTIONS, which are for datasets that
-        # cannot be downloaded; and TFDS would hold the user's zip against the checksum.
+        # Not dl_manager.manual_dir: that requires MANUAL_DOWNLOAD_INSTRUCTIONS, which are for
+        # datasets without a download, and TFDS would verify the user's zip against our checksum.
         manual_dir = dl_manager._manual_dir
         if manual_dir and (manual := Path(manual_dir) / "kvasir-seg.zip").is_file():
             return manual
-        # TFDS retries for minutes and has no timeout: see first whether anyone answers.
+        # TFDS retries for minutes and has no timeout, so check first that the server answers.
         if not any((dl_manager.download_dir / self.name).glob("*.zip")):
             try:
                 with requests.get(URL, stream=True, timeout=5) as response:
                     response.raise_for_status()
             except requests.RequestException as error:
                 raise ConnectionError(
-                    f"Kvasir-SEG is not here and {URL} cannot be reached. {WAYS}"
+                    f"there is no kvasir-seg.zip here and {URL} cannot be reached. {REMEDIES}"
                 ) from error
         try:
             return Path(dl_manager.download(URL))
-        except Exception as error:  # TFDS' own, and those of what it downloads with
-            raise ValueError(f"{URL}: {error}\n{WAYS}") from error
+        except Exception as error:  # from TFDS or a library that it uses
+            raise ValueError(f"{URL}: {error}\n{REMEDIES}") from error
 
 
 def _pairs(path: Path) -> dict[str, tuple[str, str]]:
-    """{name: (member of the image, member of its mask)} of a zip with images/ and masks/."""
+    """{name: (image member, mask member)} of a zip with the folders images/ and masks/."""
     members: dict[str, dict[str, str]] = {"images": {}, "masks": {}}
-    with _bad(path), zipfile.ZipFile(path) as archive:
+    with _errors_name(path), zipfile.ZipFile(path) as archive:
         for member in archive.namelist():
-            # Windows' reading of a path knows both slashes and drives.
+            # A Windows path understands both kinds of slash, and drives.
             parts = PureWindowsPath(member).parts
             if PureWindowsPath(member).anchor or ".." in parts:
-                raise ValueError(f"{member!r} leaves the folder; do not trust this zip")
+                raise ValueError(f"{member!r} points outside the zip; do not trust this zip")
             folder, file = parts[-2:] if len(parts) > 1 else ("", "")
             if folder in members and file.endswith(".jpg"):
                 name = file.removesuffix(".jpg")
                 if name in members[folder]:
-                    raise ValueError(f"{member} is there twice")
+                    raise ValueError(f"the zip contains two files {folder}/{file}")
                 members[folder][name] = member
         images, masks = members["images"], members["masks"]
         if not images and not masks:
-            raise ValueError("no images/*.jpg in it, so it is not Kvasir-SEG; get " + URL)
-        if odd := sorted(images.keys() ^ masks.keys()):
-            here, there = ("images", "masks") if odd[0] in images else ("masks", "images")
-            raise ValueError(f"{here}/{odd[0]}.jpg is without its {there}/{odd[0]}.jpg")
+            raise ValueError(f"no images/*.jpg in the zip, so it is not Kvasir-SEG; download {URL}")
+        if unpaired := sorted(images.keys() ^ masks.keys()):
+            name = unpaired[0]
+            present, missing = ("images", "masks") if name in images else ("masks", "images")
+            raise ValueError(f"{present}/{name}.jpg has no {missing}/{name}.jpg")
     return {name: (images[name], masks[name]) for name in images}
 
 
 def _read(archive: zipfile.ZipFile, member: str) -> tuple[bytes, Image.Image]:
-    """The bytes of a JPEG in the zip, and the same decoded."""
-    with _bad(f"{archive.filename}: {member}"):
+    """The bytes of a JPEG in the zip, and the decoded image."""
+    with _errors_name(f"{archive.filename}: {member}"):
         if (size := archive.getinfo(member).file_size) > LIMIT:
             raise ValueError(f"{size} bytes, more than {LIMIT}")
         encoded = archive.read(member)
@@ -183,9 +185,9 @@ def _read(archive: zipfile.ZipFile, member: str) -> tuple[bytes, Image.Image]:
 
 
 @contextlib.contextmanager
-def _bad(what: object) -> Iterator[None]:
-    """Makes one ValueError, naming the file, of the dozen that zipfile and Pillow may raise."""
+def _errors_name(file: object) -> Iterator[None]:
+    """Turn each of the many exceptions of zipfile and Pillow into a ValueError naming the file."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error

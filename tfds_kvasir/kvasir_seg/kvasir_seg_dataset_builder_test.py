@@ -1,9 +1,9 @@
-"""TFDS' stock test of a dataset; tests/test_kvasir_seg.py has those that need no TensorFlow."""
+"""TFDS' standard test of a dataset; tests/test_kvasir_seg.py has those without TensorFlow."""
 
 import pytest
 
-pytest.importorskip("tensorflow", reason="TFDS' stock test needs TensorFlow")
-pytest.importorskip("dill", reason="TFDS' stock test needs dill")
+pytest.importorskip("tensorflow", reason="TFDS' standard test needs TensorFlow")
+pytest.importorskip("dill", reason="TFDS' standard test needs dill")
 
 import tensorflow_datasets as tfds  # noqa: E402
 
@@ -11,7 +11,7 @@ from tfds_kvasir.kvasir_seg import kvasir_seg_dataset_builder as kvasir_seg  # n
 
 
 class KvasirSegTest(tfds.testing.DatasetBuilderTestCase):
-    """Prepares tfrecord from the drawn zip and reads it with tf.data."""
+    """Prepares tfrecord files from the synthetic zip and reads them with tf.data."""
 
     DATASET_CLASS = kvasir_seg.Builder
     SPLITS = {"train": 3, "test": 1}

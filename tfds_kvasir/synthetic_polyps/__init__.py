@@ -1,1 +1,1 @@
-"""Drawn polyps in TFDS' own folder form."""
+"""The synthetic polyps dataset, in the folder layout of TFDS."""

@@ -1,4 +1,4 @@
-"""Polyps drawn by code, with the features of Kvasir-SEG and without a download."""
+"""Synthetic polyps, with the features of Kvasir-SEG and without a download."""
 
 import io
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ SIZES = {"train": 320, "validation": 40, "test": 80}
 
 
 class Builder(SegmentationBuilder):
-    """Drawn polyps; README.md beside this file says what is in it."""
+    """Synthetic polyps, described in README.md in this folder."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "440 pictures of 128x128 from seed 0."}
@@ -32,13 +32,13 @@ class Builder(SegmentationBuilder):
         return {split: enumerate(examples(split, SEED)) for split in SIZES}
 
     def _generate_examples(self):
-        raise NotImplementedError("_split_generators has the examples")
+        raise NotImplementedError("_split_generators yields the examples")
 
 
 def examples(split: str, seed: int) -> Iterator[dict]:
-    """Draw the examples of "train", "validation" or "test", as TFDS takes them: files as bytes.
+    """Draw the examples of "train", "validation" or "test" as TFDS takes them, files as bytes.
 
-    Every picture has a stream of random numbers of its own, from (seed, split, index).
+    Every picture has its own random generator, seeded with (seed, split, index).
     """
     for index in range(SIZES[split]):
         image, mask = draw(np.random.default_rng((seed, list(SIZES).index(split), index)))

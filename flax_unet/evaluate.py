@@ -1,0 +1,267 @@
+"""Scores of a model: at the size of its network, and at each picture's own size.
+
+    metrics, counts = evaluate(model, variables, arrays)   # at the network's size
+    batches = list(score(model, variables, source, size))  # at both, each picture once
+    content, counts, reliability = report(batches)
+
+Metrics are defined in `flax_unet.metrics` and `flax_unet.boundary`.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_unet import boundary, data, metrics, pictures
+from flax_unet.losses import bce
+from flax_unet.train import Loss, make_eval_step
+
+RATIOS = (metrics.dice, metrics.iou, metrics.precision, metrics.recall)
+#: Polyp size classes by fraction of the picture: [low, high).
+POLYP_SIZES = {
+    "none": (0, 1e-9),
+    "small": (1e-9, 0.05),
+    "medium": (0.05, 0.2),
+    "large": (0.2, 1.01),
+}
+
+_eval_step = lru_cache(maxsize=8)(make_eval_step)
+
+
+def evaluate(
+    model: Any,
+    variables: Any,
+    arrays: data.Arrays,
+    *,
+    batch_size: int = 8,
+    loss_fn: Loss = bce,
+) -> tuple[dict[str, float], metrics.Confusion]:
+    """Metrics of a model over a data set, at the size of its arrays.
+
+    Args:
+        model: the network, or `predict.Mirrored`.
+        variables: its parameters (and state).
+        arrays: the data set.
+        batch_size: images at a time; affects `iou_coef` only.
+        loss_fn: (logits, labels) to the loss per image.
+
+    Returns:
+        `metrics.summary`, and the counts per image [N, C].
+
+    Raises:
+        DataError: the data set is empty.
+    """
+    if not len(arrays.image):
+        raise pictures.DataError("the data set is empty")
+    step, pending = _eval_step(model, loss_fn), []
+    for batch in data.batches(arrays, batch_size):  # all are dispatched before the first is fetched
+        result = step(variables, batch)
+        del result["logits"]
+        pending.append(result)
+    return _summary(jax.device_get(pending), len(arrays.image))
+
+
+def _summary(
+    results: Sequence[dict[str, Any]], n: int
+) -> tuple[dict[str, float], metrics.Confusion]:
+    """The metrics of n images, without the padding of the last batch."""
+    counts = zip(*(result["confusion"] for result in results), strict=True)
+    counts = metrics.Confusion(*(np.concatenate(each)[:n] for each in counts))
+    loss = np.concatenate([result["loss"] for result in results])[:n]
+    return metrics.summary(loss, [result["iou_coef"] for result in results], counts), counts
+
+
+class Scores(NamedTuple):
+    """A batch of n pictures, scored by `score`."""
+
+    name: list[str]
+    image: np.ndarray  # uint8 [n, H, W, 3], at the network's size like all but `own_size`
+    mask: np.ndarray  # uint8 [n, H, W, 1]
+    proba: np.ndarray  # float16 [n, H, W, C]: precise enough to draw
+    result: dict[str, Any]  # of `train.eval_step`, with padding and without logits
+    own_size: list[dict[str, Any]]  # `score_picture`, at each picture's own size
+    reliability: metrics.Reliability  # at the pictures' own sizes
+    seconds: float  # of the network for one entire batch
+
+
+def score(
+    model: Any,
+    variables: Any,
+    source: Sequence[dict[str, Any]],
+    size: int,
+    *,
+    batch_size: int = 8,
+    loss_fn: Loss = bce,
+    tolerance: float = 1.0,
+) -> Iterator[Scores]:
+    """Decode and predict each picture once, and score it at the network's size and at its own.
+
+    Args:
+        model: the network, or `predict.Mirrored`.
+        variables: its parameters (and state).
+        source: see `flax_unet.data`.
+        size: height and width of the network's images.
+        batch_size: pictures at a time; affects `iou_coef` only.
+        loss_fn: (logits, labels) to the loss per image.
+        tolerance: of the surface Dice, in percent of the picture's diagonal.
+
+    Raises:
+        DataError: the source is empty, or an entry is unusable.
+    """
+    if not len(source):
+        raise pictures.DataError("the data set is empty")
+
+    def decode(i: int) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+        example = source[i]
+        image, mask = data.decode_pair(example)
+        resized = (
+            pictures.resize_image(image, (size, size)),
+            pictures.resize_mask(mask, (size, size)),
+        )
+        return example["name"], *resized, np.asarray(mask) > 127
+
+    def at_own_size(proba: np.ndarray, true: np.ndarray) -> tuple[Any, metrics.Reliability]:
+        proba = pictures.resize_proba(proba, true.shape)[..., 0]
+        return score_picture(proba, true, tolerance), metrics.reliability(proba, true)
+
+    step: Any = None
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(source), batch_size):
+            index = range(start, min(start + batch_size, len(source)))
+            names, images, masks, true = zip(*pool.map(decode, index), strict=True)
+            image, mask = np.stack(images), np.stack(masks)
+            [batch] = data.batches(data.Arrays(image, mask, list(names), ""), batch_size)
+            if step is None:  # compiled before it is timed
+                step = _eval_step(model, loss_fn)
+                step = step.lower(variables, batch).compile()
+            began = time.perf_counter()
+            result = jax.block_until_ready(step(variables, batch))
+            seconds = time.perf_counter() - began
+            proba = np.asarray(jax.nn.sigmoid(result.pop("logits")))[: len(index)]
+            own_size, counts = zip(*pool.map(at_own_size, proba, true), strict=True)
+            yield Scores(
+                name=list(names),
+                image=image,
+                mask=mask,
+                proba=proba.astype(np.float16),
+                result=jax.device_get(result),
+                own_size=list(own_size),
+                reliability=_add(counts),
+                seconds=seconds,
+            )
+
+
+def _add(counts: Sequence[metrics.Reliability]) -> metrics.Reliability:
+    return metrics.Reliability(*(np.sum(x, 0) for x in zip(*counts, strict=True)))
+
+
+def score_picture(proba: np.ndarray, true: np.ndarray, tolerance: float = 1.0) -> dict[str, float]:
+    """Counts and metrics of one picture; distances are in percent of its diagonal.
+
+    Args:
+        proba: [H, W] in [0, 1].
+        true: bool [H, W].
+        tolerance: of the surface Dice, in percent of the diagonal.
+    """
+    predicted, percent = proba > 0.5, 100 / np.hypot(*true.shape)
+    pixels = (predicted & true, predicted & ~true, ~predicted & true, ~predicted & ~true)
+    counts = metrics.Confusion(*(int(x.sum()) for x in pixels))
+    distances = boundary.distances(predicted, true)
+    return {
+        "foreground_fraction": float(true.mean()),
+        **counts._asdict(),
+        **{ratio.__name__: float(ratio(counts)) for ratio in RATIOS},
+        "hd95": percent * boundary.hd95(distances),
+        "assd": percent * boundary.assd(distances),
+        "surface_dice": boundary.surface_dice(distances, tolerance / percent),
+    }
+
+
+def report(
+    batches: Sequence[Scores],
+    *,
+    polyp_sizes: dict[str, tuple[float, float]] = POLYP_SIZES,
+) -> tuple[dict[str, Any], metrics.Confusion, metrics.Reliability]:
+    """The report on a scored data set.
+
+    Args:
+        batches: all of `score`.
+        polyp_sizes: classes of pictures by the fraction [low, high) that is foreground.
+
+    Returns:
+        The report as JSON, the counts per image [N, C] at the network's size, and the reliability.
+    """
+    rows = [
+        {"name": name, **scores}
+        for batch in batches
+        for name, scores in zip(batch.name, batch.own_size, strict=True)
+    ]
+    values, counts = _summary([batch.result for batch in batches], len(rows))
+    ratios = np.stack([metrics.dice(counts).mean(-1), metrics.iou(counts).mean(-1)], axis=-1)
+    dice_interval, iou_interval = metrics.bootstrap_interval(ratios)
+    reliability = _add([batch.reliability for batch in batches])
+    by_size = {
+        name: mean_scores([x for x in rows if low <= x["foreground_fraction"] < high])
+        for name, (low, high) in polyp_sizes.items()
+    }
+    content = {
+        **values,
+        "dice_per_image_interval": dice_interval,
+        "iou_per_image_interval": iou_interval,
+        "polyp_sizes": polyp_sizes,
+        "own_size": {
+            **mean_scores(rows),
+            "by_polyp_size": by_size,
+            "calibration_error": metrics.calibration_error(reliability),
+            "images": rows,
+        },
+    }
+    return content, counts, reliability
+
+
+def mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and 95 % interval of each metric over some pictures, and the pooled ratios."""
+    if not scores:
+        return {"n_images": 0}
+    keys = [*(ratio.__name__ for ratio in RATIOS), "hd95", "assd", "surface_dice"]
+    values = np.array([[each[key] for key in keys] for each in scores])
+    intervals = metrics.bootstrap_interval(values)
+    total = metrics.Confusion(*(sum(x[key] for x in scores) for key in metrics.Confusion._fields))
+    return {
+        "n_images": len(scores),
+        "per_image": {
+            key: {"mean": float(column.mean()), "interval": interval}
+            for key, column, interval in zip(keys, values.T, intervals, strict=True)
+        },
+        "pooled": {ratio.__name__: float(ratio(total)) for ratio in RATIOS},
+    }
+
+
+def cost(model: Any, variables: Any, batches: Sequence[Scores]) -> dict[str, float | None]:
+    """Parameters, GFLOP per image as XLA counts them, and images per second of the network.
+
+    Args:
+        model, variables: as `score` takes them.
+        batches: all of `score`.
+    """
+    shape = batches[0].image.shape
+    shapes = jax.eval_shape(lambda v: (v, jnp.zeros(shape, jnp.float32)), variables)
+    try:  # only on the CPU backend does JAX estimate the work before it compiles
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            counted = jax.jit(model.apply).lower(*shapes).cost_analysis() or {}
+        flop = counted.get("flops")
+    except (RuntimeError, NotImplementedError):  # JAX_PLATFORMS may exclude the CPU
+        flop = None
+    padded = len(batches[0].result["loss"])
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "gflop_per_image": flop and flop / shape[0] / 1e9,
+        "images_per_second": padded / statistics.median(batch.seconds for batch in batches),
+    }

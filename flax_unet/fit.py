@@ -1,0 +1,144 @@
+"""The training loop: a generator of epochs that knows no files."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from flax_unet import data, metrics
+from flax_unet.augment import Augment
+from flax_unet.train import Batch, Loss, TrainState, make_train_step
+
+
+class Epoch(NamedTuple):
+    """One pass over the training images, or its beginning if it was stopped.
+
+    Attributes:
+        number: 1, 2, ...
+        state: the state after it. The next epoch donates it: use or copy it before that.
+        records: of its steps, as JSON: what a restart needs in the middle of an epoch.
+        metrics: `metrics.summary` over its images; None if it was stopped before its end.
+        seconds: how long it took.
+        images: how many images it trained on in this time, fewer than all after a restart.
+    """
+
+    number: int
+    state: TrainState
+    records: list[dict[str, Any]]
+    metrics: dict[str, float] | None
+    seconds: float
+    images: int
+
+
+def fit(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    loss_fn: Loss,
+    state: TrainState,
+    n: int,
+    batches: Callable[[np.ndarray], Iterator[Batch]],
+    *,
+    key: jax.Array,
+    seed: int,
+    epochs: int,
+    batch_size: int,
+    augment: Augment | None = None,
+    records: Sequence[dict[str, Any]] = (),
+    on_step: Callable[[int, dict[str, Any]], None] | None = None,
+    stop: Callable[[], Any] = lambda: False,
+    accumulate: int = 1,
+    remat: bool = False,
+    mesh: Mesh | None = None,
+) -> Iterator[Epoch]:
+    """Train from a state to the last epoch.
+
+    The result depends on the state, the data, `key` and `seed` alone: a run that is stopped and
+    goes on from its last state and records ends like one that was not stopped.
+
+    Args:
+        model, tx, loss_fn: see `train.train_step`.
+        state: donated; from `train.create_train_state`, or the state of an earlier `Epoch`.
+        n: number of training images.
+        batches: indices of images to batches of these, in order: `data.batches` or `data.stream`
+            with the other arguments bound.
+        key: PRNG key of dropout and augmentation.
+        seed: of the order of the images.
+        epochs: the last epoch.
+        batch_size: images per batch, as in `batches`.
+        records: the ones of the unfinished `Epoch` that `state` comes from.
+        on_step: called with the number of images and the record of each step.
+        stop: asked after each step; if true, the epoch is yielded as it is, and is the last one.
+        augment, accumulate, remat, mesh: see `train.make_train_step`.
+
+    Yields:
+        Each epoch.
+
+    Raises:
+        FloatingPointError: a loss or an update is not finite.
+    """
+    step_fn = make_train_step(
+        model, tx, loss_fn, augment=augment, accumulate=accumulate, remat=remat, mesh=mesh
+    )
+    steps_per_epoch, step, rows = -(-n // batch_size), int(state.step), list(records)
+
+    def fetch(step: int, result: dict[str, Any], weight: np.ndarray) -> None:
+        rows.append(_record(result, weight))
+        check_finite(step, loss=rows[-1]["loss"], update_norm=rows[-1]["update_norm"])
+        if on_step is not None:
+            on_step(int(weight.sum()), rows[-1])
+
+    for epoch in range(step // steps_per_epoch, epochs):
+        done, started = len(rows) * batch_size, time.perf_counter()
+        # The metrics of a step are fetched while the device runs the next one.
+        pending: list[tuple[int, dict[str, Any], np.ndarray]] = []
+        for batch in batches(data.shuffled(n, seed, epoch)[done:]):
+            state, result = step_fn(state, batch, key)
+            step += 1
+            pending.append((step, result, np.asarray(batch["weight"])))
+            if len(pending) > 1:
+                fetch(*pending.pop(0))
+            if stop():
+                break
+        for each in pending:
+            fetch(*each)
+        complete = len(rows) == steps_per_epoch
+        summary = _summary(rows) if complete else None
+        seconds = time.perf_counter() - started
+        yield Epoch(epoch + 1, state, rows, summary, seconds, min(n, len(rows) * batch_size) - done)
+        if not complete or stop():
+            return
+        rows = []
+
+
+def check_finite(step: int, **values: float) -> None:
+    """Raise FloatingPointError, with the step's number, if a value is not finite."""
+    for name, value in values.items():
+        if not np.isfinite(value):
+            raise FloatingPointError(
+                f"the {name.replace('_', ' ')} of step {step} is {value}: try a smaller learning "
+                "rate"
+            )
+
+
+def _record(result: dict[str, Any], weight: np.ndarray) -> dict[str, Any]:
+    """What the summary of an epoch needs of one step, as JSON."""
+    result, real = jax.device_get(result), weight > 0
+    return {
+        "loss": float(result["loss"]),
+        "update_norm": float(result["update_norm"]),
+        "iou_coef": float(result["iou_coef"]),
+        "confusion": [count[real].tolist() for count in result["confusion"]],
+    }
+
+
+def _summary(records: list[dict[str, Any]]) -> dict[str, float]:
+    """The training metrics of an epoch from the records of its steps."""
+    counts = [np.concatenate(each) for each in zip(*(r["confusion"] for r in records), strict=True)]
+    # Each image counts equally, also those of the last, smaller batch.
+    loss = np.repeat([r["loss"] for r in records], [len(r["confusion"][0]) for r in records])
+    return metrics.summary(loss, [r["iou_coef"] for r in records], metrics.Confusion(*counts))

@@ -1,0 +1,391 @@
+"""A run's folder (workdir): config.json, metrics.jsonl, checkpoints; and the model in it."""
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_unet import checkpoint, losses, pack, recipes, train
+from flax_unet.efficientnet import with_imagenet
+from flax_unet.model import UNet
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+#: Parts of config.json that determine the result; a run with another value is another run.
+DETERMINES = ("settings", "model", "training", "data")
+PACKAGES = ("flax-unet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run computes."""
+
+    recipe: str = "unet"
+    """unet, article, strong or pretrained: see above."""
+    encoder: Literal["lite0", "lite2"] | None = None
+    """EfficientNet of --recipe pretrained; lite0 by default."""
+    dataset: str = "kvasir_seg"
+    """kvasir_seg, synthetic_polyps, or folder: the pictures in --images and --masks."""
+    protocol: str = "article"
+    """Train, validation and test split of kvasir_seg: article, medico, effisegnet or sorted42."""
+    init: Path | None = None
+    """Workdir of a run with the same network, or an exported model, to start from its best
+    parameters."""
+    features: tuple[int, ...] | None = None
+    """Channels per level, the last one is the bottleneck; with an encoder, channels per level of
+    the decoder. By default the recipe's."""
+    image_size: int = 256
+    """Height and width of the resized images: a multiple of 32; each level fewer in --features
+    halves that."""
+    batch_size: int = 8
+    """Images per step."""
+    epochs: int = 100
+    """Passes over the training split; runs with a constant learning rate can be extended later."""
+    learning_rate: float = 1e-3
+    """Learning rate; for strong and pretrained, its peak."""
+    seed: int = 0
+    """Seed of the initial parameters, the order of the images, dropout and augmentation."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters are float32."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are. None of it changes the result."""
+
+    workdir: Path
+    """Folder of the run: config.json, metrics.jsonl, checkpoints, pictures."""
+    kvasir_zip: Path | None = None
+    """The Kvasir-SEG archive; by default the environment variable KVASIR_SEG_ZIP."""
+    images: Path | None = None
+    """Folder of images (--dataset folder)."""
+    masks: Path | None = None
+    """Folder of masks (--dataset folder), paired with the images by file stem."""
+    data_dir: Path | None = None
+    """Where TFDS stores prepared data sets; by default ~/tensorflow_datasets."""
+    stream: bool = False
+    """Decode the training pictures in every epoch instead of keeping them on the device."""
+
+
+def recipe_of(settings: Settings) -> recipes.Recipe:
+    """The recipe that the settings name, with their network.
+
+    Raises:
+        ValueError: a setting is out of range, or the settings do not fit together.
+    """
+    if settings.recipe not in recipes.RECIPES:
+        names = ", ".join(recipes.RECIPES)
+        raise ValueError(f"there is no recipe {settings.recipe!r}: choose one of {names}")
+    for name in ("image_size", "batch_size", "epochs", "learning_rate"):
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"{name} is {getattr(settings, name)}: it must be positive")
+    if not 0 <= settings.seed < 2**63:
+        raise ValueError(f"seed is {settings.seed}: it must be in [0, 2^63)")
+    return configure(recipes.RECIPES[settings.recipe], settings)
+
+
+def configure(recipe: recipes.Recipe, settings: Settings) -> recipes.Recipe:
+    """A recipe, such as one of your own, with the network of the settings.
+
+    Raises:
+        ValueError: the settings do not fit the recipe's network.
+    """
+    recipe = recipes.configure(
+        recipe, features=settings.features, encoder=settings.encoder, dtype=settings.dtype
+    )
+    model, size = recipe.model, settings.image_size
+    if size % model.stride:
+        raise ValueError(f"image_size {size} is not a multiple of {model.stride}")
+    if size == model.stride and model.norm in ("instance", 1):
+        raise ValueError(
+            f"image_size {size} leaves one pixel in the bottleneck, and instance norm turns a "
+            f"single pixel into 0: use at least {2 * model.stride}, or fewer features"
+        )
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    return recipe
+
+
+def build(settings: Settings, recipe: recipes.Recipe, images: int) -> recipes.Training:
+    """The objects of a recipe, for a number of training images."""
+    steps = settings.epochs * -(-images // settings.batch_size)
+    return recipes.build(recipe, learning_rate=settings.learning_rate, steps=steps)
+
+
+def abstract_state(training: recipes.Training) -> train.TrainState:
+    """Shapes and types of a run's state."""
+    return jax.eval_shape(partial(_create, training), jax.random.key(0))
+
+
+def create_state(
+    settings: Settings, recipe: recipes.Recipe, training: recipes.Training, key: jax.Array
+) -> train.TrainState:
+    """The state of a new run.
+
+    Raises:
+        ValueError, OSError: `init` holds no run, or a run of another network.
+        ModuleNotFoundError: the encoder's weights are not installed.
+    """
+    state, encoder = _create(training, key), recipe.model.encoder
+    if settings.init is not None:
+        trained = load_model(settings.init)
+        try:
+            state = train.start_from(state, training.tx, trained.variables)
+        except ValueError as error:
+            features = " ".join(map(str, trained.model.features))
+            needed = f"--recipe {trained.settings.recipe} --features {features}"
+            if trained.model.encoder is not None:
+                needed += f" --encoder {trained.model.encoder.variant}"
+            raise ValueError(f"--init {settings.init} needs {needed}: {error}") from error
+    elif recipe.imagenet:
+        assert encoder is not None
+        variables = with_imagenet(state.variables, encoder.variant)
+        state = train.start_from(state, training.tx, variables)
+    # Committed to its device like a restored state, or the step would be compiled again after a
+    # restart.
+    return jax.device_put(state, jax.devices()[0])
+
+
+def _create(training: recipes.Training, key: jax.Array) -> train.TrainState:
+    stride = training.model.stride
+    return train.create_train_state(training.model, training.tx, key, (1, stride, stride, 3))
+
+
+def to_json(
+    settings: Settings, places: Places, recipe: recipes.Recipe, fingerprints: dict[str, str]
+) -> dict[str, Any]:
+    """The content of config.json: `DETERMINES`, and the rest for the record."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout, not installed
+            versions[name] = metadata.version(name)
+    device, model = jax.devices()[0], recipe.model
+    resolved = {
+        "features": model.features,
+        "encoder": None if model.encoder is None else model.encoder.variant,
+    }
+    content = {
+        "settings": asdict(settings) | resolved,
+        "model": pack.describe(model),
+        "training": recipes.describe(recipe),
+        "data": fingerprints,
+        "places": asdict(places),
+        "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
+        "versions": versions,
+    }
+    return json.loads(json.dumps(content, default=str))  # as it is read back: lists for tuples
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The config.json of a run, in today's form.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is something else.
+    """
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: there is no run in this workdir")
+    try:
+        content = upgrade(json.loads(file.read_text()))
+        if {*DETERMINES, "places", "device", "versions"} <= content.keys():
+            return content
+    except (ValueError, AttributeError, TypeError, KeyError):
+        pass
+    raise ValueError(f"{file} is damaged or not of a run: choose another --workdir")
+
+
+def upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """A config.json of version 0.1.0 in today's form; any other as it is."""
+    if "config" not in content:
+        return content
+    content = dict(content)
+    settings, places, old = content.pop("config"), content.pop("free"), content["training"]
+    pretrained = settings["recipe"] == "pretrained"
+    optimizer = {"name": "Adam"}
+    if values := old.get("optimizer"):
+        optimizer = {
+            "name": "AdamW",
+            "warmup": values["rise"],
+            "clip": values["clip"],
+            "weight_decay": values["decay"],
+            "average_decay": values["average"],
+            "encoder_rate": old.get("encoder_rate", 1.0),
+        }
+    augments = ("random_affine", "random_colour", "random_blur", "random_noise")
+    return content | {
+        "settings": settings
+        | {"epochs": places["epochs"], "encoder": settings.get("encoder") if pretrained else None},
+        "model": pack.describe(pack.build(content["model"])) if "model" in content else {},
+        "training": {
+            "loss": old["loss"],
+            "augment": dict(zip(augments, old.get("augment") or (), strict=False)),
+            "optimizer": optimizer,
+            "imagenet": pretrained,
+        },
+        "places": {name: value for name, value in places.items() if name != "epochs"},
+    }
+
+
+def from_json(content: dict[str, Any], workdir: Path) -> tuple[Settings, Places]:
+    """The settings and places in a config.json.
+
+    Raises:
+        ValueError: it is of another version.
+    """
+    try:
+        settings, places = dict(content["settings"]), dict(content["places"])
+        settings["features"] = tuple(settings["features"])
+        settings["init"] = settings["init"] and Path(settings["init"])
+        for name in ("kvasir_zip", "images", "masks", "data_dir"):
+            places[name] = places[name] and Path(places[name])
+        places["workdir"] = workdir
+        return Settings(**settings), Places(**places)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{workdir} is of another version or program: {error}") from error
+
+
+def check_workdir(workdir: Path, new: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Compare the run that is to start with what the workdir holds; nothing is written.
+
+    Args:
+        workdir: an empty or missing folder, or the folder of the same run.
+        new: from `to_json`.
+
+    Returns:
+        The config.json to write, and a list of the differences that do not change the result.
+
+    Raises:
+        ValueError: the workdir holds a run that computes something else (the message lists the
+            differences), or files of something else.
+    """
+    if not checkpoint.exists(workdir / "checkpoints"):
+        _check_unused(workdir)
+        return new, ""
+    old, changes = read_config(workdir), {}
+    for part in DETERMINES:
+        changes |= _differences(old[part], new[part])
+    if not getattr(recipes, new["training"]["optimizer"]["name"]).fixed_length:
+        changes.pop("epochs", None)
+    if changes:
+        raise ValueError(
+            f"{workdir} holds a run with other settings ({_listed(changes)}): choose another "
+            "--workdir, or use the same settings to resume it"
+        )
+    for part in ("versions", "places"):
+        changes |= _differences(old[part], new[part])
+    changes |= _differences({"device": old["device"]}, {"device": new["device"]})
+    return new | {"versions": old["versions"], "device": old["device"]}, _listed(changes)
+
+
+def _check_unused(workdir: Path) -> None:
+    file, allowed = workdir / "metrics.jsonl", 0
+    if (workdir / "config.json").exists():
+        read_config(workdir)
+        allowed = 2  # a run may be killed in its second epoch, while the first is being saved
+    if file.exists() and len(file.read_bytes().splitlines()) > allowed:
+        raise ValueError(f"{file} has no checkpoint to resume from: choose another --workdir")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{key: (old value, new value)} where they differ."""
+    pairs = {key: (old.get(key), new.get(key)) for key in old | new}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _listed(changes: dict[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keep other processes from training in a workdir while this one lives.
+
+    Raises:
+        ValueError: another process trains in it.
+    """
+    with (workdir / ".lock").open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another process is training in {workdir}") from error
+        yield
+
+
+def read_history(workdir: Path, epochs: int) -> list[dict[str, Any]]:
+    """The first lines of metrics.jsonl, one per epoch; later lines of a killed run are removed.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
+    file = workdir / "metrics.jsonl"
+    lines = file.read_text().splitlines()[:epochs] if file.exists() else []
+    try:
+        history = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): move it away to resume") from error
+    write_atomically(file, "".join(line + "\n" for line in lines))
+    return history
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replace a file in one move, so that a killed run leaves the old one or the new one."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text)
+    part.replace(file)
+
+
+class Trained(NamedTuple):
+    """A trained model and its origin."""
+
+    settings: Settings
+    places: Places
+    model: UNet
+    variables: dict[str, Any]
+    loss_fn: train.Loss
+    step: int
+    fingerprints: dict[str, str]  # of the splits
+    checkpoint: str  # best or latest
+
+
+def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> Trained:
+    """The model of a run, or an exported model. Neither recipe nor optimizer is needed.
+
+    Args:
+        folder: the workdir of a run, or the folder of an exported model.
+        which: checkpoint of a run, `best` by validation Dice or `latest`.
+
+    Raises:
+        FileNotFoundError: there is neither, or no such checkpoint.
+        ValueError: the config.json or the model cannot be read.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if (folder / "model.json").is_file():
+        packed = pack.load(folder)
+        content, model, variables = upgrade(packed.about), packed.model, packed.variables
+        step, which = packed.about.get("step", 0), packed.about.get("checkpoint", which)
+    else:
+        content = read_config(folder)
+        model = pack.build(content["model"])
+        image = jnp.zeros((1, model.stride, model.stride, 3))
+        abstract = jax.eval_shape(model.init, jax.random.key(0), image)
+        with checkpoint.open_checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+            variables, step = checkpoint.restore_variables(checkpoints, abstract, which)
+    settings, places = from_json(content, folder)
+    try:
+        loss_fn, fingerprints = getattr(losses, content["training"]["loss"]), content["data"]
+    except (AttributeError, KeyError) as error:
+        raise ValueError(f"{folder} is of another version or program: {error}") from error
+    return Trained(settings, places, model, variables, loss_fn, step, fingerprints, which)

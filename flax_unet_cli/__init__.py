@@ -1,0 +1,1 @@
+"""The programs: `flax-unet PROGRAM`, and `python experiments/PROGRAM.py` in a checkout."""

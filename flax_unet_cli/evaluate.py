@@ -1,0 +1,165 @@
+"""Score a run's model: `flax-unet evaluate --workdir runs/`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from flax_unet import data, draw, metrics, predict, runs
+from flax_unet.evaluate import RATIOS, Scores, cost, report, score
+from flax_unet.pictures import DataError
+from flax_unet_cli import program
+from flax_unet_cli.sources import open_sources, protocol, split_of
+
+#: Tolerance of the surface Dice, in percent of the picture's diagonal.
+TOLERANCE = 1.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """Score a model on a split of its data set, or on the pictures in two folders."""
+
+    workdir: Annotated[Path, tyro.conf.arg(aliases=["--model"])]
+    """Workdir of the run, or folder of an exported model."""
+    out: Path | None = None
+    """Folder for the report; by default the workdir."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Split of the data set that the run was trained on."""
+    checkpoint: Literal["best", "latest"] | None = None
+    """best by validation Dice; the default, except latest when the validation split is scored."""
+    images: Path | None = None
+    """Folder of other images to score, all of them; needs --masks."""
+    masks: Path | None = None
+    """Folder of their masks, paired by file stem."""
+    kvasir_zip: Path | None = None
+    """The Kvasir-SEG archive, if it was moved."""
+    data_dir: Path | None = None
+    """Where TFDS stores prepared data sets, if they were moved."""
+    flips: bool = False
+    """Average the predictions over the mirror images of each picture, at 4 times the work."""
+
+
+def open_split(
+    options: Options, trained: runs.Trained
+) -> tuple[Sequence[dict[str, Any]], str, str]:
+    """The pictures to score, the name of the report, and the protocol."""
+    settings, places = trained.settings, trained.places
+    if (options.images is None) != (options.masks is None):
+        raise DataError("--images and --masks go together")
+    if options.images is not None and options.masks is not None:
+        source = data.FolderSource(options.images, options.masks)
+        return source, f"folder-{options.images.parent.name}-{options.images.name}", "folder"
+    if settings.dataset == "folder" and places.images is None:
+        raise DataError(
+            "an exported model does not record where its pictures are: score its run's workdir, or "
+            "all pictures of two folders with --images and --masks"
+        )
+    moved = {k: v for k in ("kvasir_zip", "data_dir") if (v := getattr(options, k)) is not None}
+    sources = open_sources(settings, replace(places, **moved))
+    source = split_of(settings, sources, options.split)
+    return source, options.split, protocol(settings) or settings.dataset
+
+
+def show(content: dict[str, Any]) -> None:
+    """Print what matters of a report."""
+    own_size = content["own_size"]
+    print(
+        f"{content['protocol']}, {content['what']}: {content['n_images']} images, "
+        f"{content['checkpoint']} checkpoint (step {content['step']})"
+    )
+    for name in ("dice_per_image", "iou_per_image"):
+        low, high = content[f"{name}_interval"]
+        print(f"  {name:<20}{content[name]:.4f}   95 % interval {low:.4f} to {high:.4f}")
+    pooled = [f"{ratio.__name__}_pooled" for ratio in RATIOS]
+    for name in ("precision_per_image", "recall_per_image", *pooled, "accuracy"):
+        print(f"  {name:<20}{content[name]:.4f}")
+    print("  at the pictures' own sizes, mean per image (distances in % of the diagonal):")
+    for name, value in own_size["per_image"].items():
+        low, high = value["interval"]
+        print(f"    {name:<18}{value['mean']:.4f}   95 % interval {low:.4f} to {high:.4f}")
+    for polyp, values in own_size["by_polyp_size"].items():
+        if values["n_images"]:
+            mean, n = values["per_image"]["dice"]["mean"], values["n_images"]
+            print(f"    {'dice, ' + polyp:<18}{mean:.4f}   {n} images")
+    print(f"    calibration error {own_size['calibration_error']:.4f}")
+    for name, value in content["cost"].items():
+        if value is not None:
+            print(f"  {name:<20}{value:{',' if isinstance(value, int) else '.2f'}}")
+
+
+def run(options: Options) -> None:
+    """Score, print a table, write evaluation-WHAT.json and pictures."""
+    on_validation = options.images is None and options.split == "validation"
+    which = options.checkpoint or ("latest" if on_validation else "best")
+    trained = runs.load_model(options.workdir, which)
+    settings = trained.settings
+    source, what, protocol = open_split(options, trained)
+    model = predict.Mirrored(trained.model) if options.flips else trained.model
+    n, batches = len(source), []
+    with tqdm(total=n, unit=" pictures", leave=False) as bar:
+        for batch in score(
+            model,
+            trained.variables,
+            source,
+            settings.image_size,
+            batch_size=settings.batch_size,
+            loss_fn=trained.loss_fn,
+            tolerance=TOLERANCE,
+        ):
+            batches.append(batch)
+            bar.update(len(batch.name))
+    scores, counts, reliability = report(batches)
+    fingerprint = data.fingerprint(source)
+    content = {
+        "what": what,
+        "dataset": settings.dataset if options.images is None else str(options.images),
+        "protocol": protocol,
+        "split": options.split if options.images is None else None,
+        "checkpoint": trained.checkpoint,
+        "step": trained.step,
+        "flips": options.flips,
+        "image_size": settings.image_size,
+        "fingerprint": fingerprint,
+        "cost": cost(model, trained.variables, batches),
+        "surface_dice_tolerance": TOLERANCE,
+        **scores,
+    }
+    if trained.checkpoint == "best" and on_validation:
+        print("note: the best checkpoint was chosen on these very images")
+    if options.images is None and trained.fingerprints.get(what) != fingerprint:
+        print("warning: these are not the pictures that the run was started with")
+    show(content)
+    dice = metrics.dice(counts).mean(-1)
+    order = np.argsort(-dice, kind="stable")
+    chosen = [int(order[i]) for i in (0, n // 2, -1)]
+    names = [f"{scores['own_size']['images'][i]['name']} (Dice {dice[i]:.3f})" for i in chosen]
+    print("  best, median, worst: " + ", ".join(names))
+
+    stem = f"evaluation-{what}" + ("" if trained.checkpoint == "best" else f"-{trained.checkpoint}")
+    stem += "-flips" if options.flips else ""
+    out = options.out or options.workdir
+    out.mkdir(parents=True, exist_ok=True)
+    runs.write_atomically(out / f"{stem}.json", json.dumps(content, indent=2) + "\n")
+    draw.save_sheet(out / f"{stem}.png", [panels(batches, i) for i in chosen])
+    draw.save_reliability(out / f"{stem}-reliability.png", reliability)
+    print(f"written: {out / stem}.json, .png and -reliability.png")
+
+
+def panels(batches: list[Scores], i: int) -> np.ndarray:
+    """The panels of picture i."""
+    batch, row = batches[i // (size := len(batches[0].name))], i % size
+    return draw.panels(batch.image[row], batch.proba[row, ..., 0], batch.mask[row, ..., 0])
+
+
+def main(args: list[str] | None = None) -> int:
+    return program.main(Options, run, __doc__, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Segment pictures: `flax-unet predict --workdir runs/ --out OUT INPUT...`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from flax_unet import data, draw, pictures, predict, runs
+from flax_unet.pictures import DataError
+from flax_unet_cli import program
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write NAME-mask.png (0 and 255) and NAME-overlay.png for each picture, at its own size."""
+
+    workdir: Annotated[Path, tyro.conf.arg(aliases=["--model"])]
+    """Workdir of the run whose model is used, or folder of an exported model."""
+    inputs: tyro.conf.Positional[tuple[Path, ...]]
+    """Pictures, and folders of pictures."""
+    out: Path = Path("predictions")
+    """Folder for the results."""
+    checkpoint: Literal["best", "latest"] = "best"
+    """best by validation Dice."""
+    threshold: float = 0.5
+    """Probability above which a pixel is in the mask."""
+    flips: bool = False
+    """Average the predictions over the mirror images of each picture, at 4 times the work."""
+
+
+def plan(inputs: tuple[Path, ...], out: Path) -> dict[Path, tuple[Path, Path]]:
+    """{picture: (file of its mask, file of its overlay)} for the files and folders given.
+
+    Raises:
+        DataError: there are none, or a result would overwrite a picture or another result.
+    """
+    files = [f for path in inputs for f in (data.list_pictures(path) if path.is_dir() else [path])]
+    if not files:
+        raise DataError("no pictures: give files, or folders with pictures")
+    results = {f: (out / f"{f.stem}-mask.png", out / f"{f.stem}-overlay.png") for f in files}
+    owners = {file.absolute(): file for file in results}
+    for file, pair in results.items():
+        for result in pair:
+            if (other := owners.setdefault(result.absolute(), file)) != file:
+                raise DataError(
+                    f"{result}, a result of {file}, would overwrite {other} or a result of it: "
+                    "rename one, or use another --out"
+                )
+    return results
+
+
+def run(options: Options) -> int:
+    """Segment every picture; return 1 if some could not be read."""
+    if not 0 <= options.threshold < 1:
+        raise ValueError(f"threshold is {options.threshold}: it must be in [0, 1)")
+    results = plan(options.inputs, options.out)
+    trained = runs.load_model(options.workdir, options.checkpoint)
+    model = predict.Mirrored(trained.model) if options.flips else trained.model
+    options.out.mkdir(parents=True, exist_ok=True)
+    failures = 0
+    for file, (mask_file, overlay_file) in tqdm(results.items(), unit=" pictures", leave=False):
+        try:
+            picture = pictures.to_rgb(pictures.open_picture(file, str(file)), str(file))
+        except DataError as error:
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            failures += 1
+            continue
+        size = trained.settings.image_size
+        proba = predict.predict_picture(model, trained.variables, picture, size)[..., 0]
+        mask = proba > options.threshold
+        Image.fromarray(mask * np.uint8(255)).save(mask_file)
+        Image.fromarray(draw.overlay(np.asarray(picture), proba * mask)).save(overlay_file)
+    print(f"{len(results) - failures} of {len(results)} pictures segmented into {options.out}")
+    return min(failures, 1)
+
+
+def main(args: list[str] | None = None) -> int:
+    return program.main(Options, run, __doc__, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""What all programs share: flags, the compilation cache, errors."""
+
+import glob
+import hashlib
+import os
+import platform
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import tyro
+
+T = TypeVar("T")
+
+
+def main(
+    options: type[T], run: Callable[[T], int | None], description: str, args: list[str] | None
+) -> int:
+    """Run a program with its command line; return its exit code.
+
+    Args:
+        options: a dataclass, the flags; fields that are dataclasses add theirs.
+        run: returns the exit code, or None for 0.
+        description: for --help.
+        args: the command line; by default that of the process.
+    """
+    config = (tyro.conf.OmitArgPrefixes,)
+    flags = tyro.cli(options, description=description, args=args, config=config)
+    keep_compiled()
+    try:
+        return run(_absolute(flags)) or 0
+    except KeyboardInterrupt:
+        print("interrupted")
+        return 128 + signal.SIGINT
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _absolute(flags: T) -> T:
+    """The flags with absolute paths, so that a later program finds them from anywhere."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, Path):
+            return value.expanduser().absolute()
+        return _absolute(value) if is_dataclass(value) else value
+
+    values = {name: absolute(value) for name, value in vars(flags).items()}
+    return replace(flags, **values)  # type: ignore[type-var]
+
+
+def cache_folder() -> Path:
+    """Where decoded pictures and compiled programs are kept; it may be removed at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax_unet"
+
+
+def keep_compiled() -> None:
+    """Turn on JAX's persistent compilation cache, in the cache folder.
+
+    The environment variable JAX_COMPILATION_CACHE_DIR names another folder.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # JAX's cache key ignores the CPU model, and home folders are shared between machines.
+        cpuinfo = Path("/proc/cpuinfo")
+        text = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
+        features = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
+        kind = hashlib.sha256("".join(features[:1] or text).encode()).hexdigest()[:16]
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / f"xla-{kind}"))
+    warnings.showwarning = _show_and_repair
+
+
+_show_warning = warnings.showwarning
+
+
+def _show_and_repair(message: Warning | str, *where: Any) -> None:
+    """Delete unreadable cache entries (left by a killed run): JAX never overwrites them."""
+    words = "Error reading persistent compilation cache entry for '([^']+)'"
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if folder and (match := re.match(words, str(message))):
+        for entry in Path(folder).glob(f"{glob.escape(match[1])}-*"):
+            entry.unlink(missing_ok=True)
+    _show_warning(message, *where)

@@ -1,0 +1,75 @@
+"""The data set that the flags name."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from flax_unet import data
+from flax_unet.pictures import DataError
+from flax_unet.runs import Places, Settings
+from flax_unet_cli.program import cache_folder
+
+Sources = dict[str, Sequence[dict[str, Any]]]
+
+
+def open_sources(settings: Settings, places: Places) -> Sources:
+    """The splits of the data set, each a source for `flax_unet.data`.
+
+    Raises:
+        ValueError: the data is unusable, or a flag is missing or belongs to another data set.
+    """
+    needed = {"images": "folder", "masks": "folder", "kvasir_zip": "kvasir_seg"}
+    for flag, dataset in needed.items():
+        if getattr(places, flag) is not None and settings.dataset != dataset:
+            raise DataError(f"--{flag.replace('_', '-')} needs --dataset {dataset}")
+    if settings.dataset == "folder":
+        if places.images is None or places.masks is None:
+            raise DataError("--dataset folder needs --images DIR and --masks DIR")
+        folders = places.images, places.masks
+        return {split: data.FolderSource(*folders, split) for split in data.SPLITS}
+    import tfds_kvasir  # imports TFDS, which a folder does not need
+
+    if settings.dataset not in (names := tfds_kvasir.datasets()):
+        raise DataError(
+            f"there is no data set {settings.dataset!r}: choose folder or one of {', '.join(names)}"
+        )
+    options = {} if places.kvasir_zip is None else {"kvasir_zip": places.kvasir_zip}
+    return tfds_kvasir.sources(
+        settings.dataset, protocol(settings), data_dir=places.data_dir, **options
+    )
+
+
+def protocol(settings: Settings) -> str | None:
+    """The protocol, or None if the data set has no choice of them."""
+    if settings.dataset == "folder":
+        return None
+    import tfds_kvasir
+
+    return settings.protocol if tfds_kvasir.datasets().get(settings.dataset) else None
+
+
+def split_of(settings: Settings, sources: Sources, split: str) -> Sequence[dict[str, Any]]:
+    """One of the sources.
+
+    Raises:
+        ValueError: the split does not exist, or is empty.
+    """
+    if split not in sources:
+        name = "/".join(filter(None, (settings.dataset, protocol(settings))))
+        raise DataError(f"{name} has no split {split!r}: choose one of {', '.join(sources)}")
+    if not len(sources[split]):
+        total = sum(map(len, sources.values()))
+        raise DataError(
+            f"the {split} split of the {total} pictures is empty: the splits get about 80, 10 and "
+            "10 % of them, so add some"
+        )
+    return sources[split]
+
+
+def load_split(settings: Settings, sources: Sources, split: str) -> data.Arrays:
+    """One split as arrays, from the cache if it was decoded before.
+
+    Raises:
+        ValueError: as `split_of`, or a picture is unusable.
+    """
+    source = split_of(settings, sources, split)
+    return data.load(source, settings.image_size, cache=cache_folder())

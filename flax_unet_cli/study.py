@@ -1,0 +1,109 @@
+"""What the studies share: trainings whose scores are kept in the workdir."""
+
+import hashlib
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from flax_unet import data, metrics, predict, runs
+from flax_unet.efficientnet import imagenet
+from flax_unet.evaluate import evaluate
+from flax_unet.fit import fit
+from flax_unet.recipes import Recipe
+from flax_unet_cli.sources import load_split, open_sources
+from flax_unet_cli.train import Options
+
+
+def open_study(options: Options, *recipes: str, unused: tuple[str, ...]) -> dict[str, data.Arrays]:
+    """The training and the validation split.
+
+    Raises:
+        ValueError: the settings do not fit one of the recipes, a flag of train that is `unused`
+            here is given, or the data is unusable.
+        ModuleNotFoundError: the encoder's weights are not installed.
+    """
+    given = vars(options.places) | vars(options.settings)
+    default = vars(runs.Places(options.places.workdir)) | vars(runs.Settings())
+    if ignored := [flag for flag in unused if given[flag] != default[flag]]:
+        raise ValueError(f"--{ignored[0]} has no use here: leave it out")
+    for name in recipes:
+        recipe = runs.recipe_of(settings_for(options, name))
+        if recipe.imagenet and recipe.model.encoder is not None:
+            imagenet(recipe.model.encoder.variant)
+    sources = open_sources(options.settings, options.places)
+    return {
+        split: load_split(options.settings, sources, split) for split in ("train", "validation")
+    }
+
+
+def settings_for(options: Options, recipe: str) -> runs.Settings:
+    """The settings with another recipe; --encoder is for the recipe that has one."""
+    encoder = options.settings.encoder if recipe == "pretrained" else None
+    return replace(options.settings, recipe=recipe, encoder=encoder)
+
+
+def train_and_score(
+    workdir: Path,
+    settings: runs.Settings,
+    recipe: Recipe,
+    arrays: dict[str, data.Arrays],
+    name: str,
+) -> dict[str, np.ndarray]:
+    """Dice per validation image after the last epoch: `dice`, and with flips `dice_flips`.
+
+    They are kept in a file in the workdir. Its name has a hash of all that determines them, so that
+    a training is repeated if and only if its settings, recipe, data or package versions changed.
+
+    Raises:
+        FloatingPointError: the training diverged.
+    """
+    fingerprints = {split: each.fingerprint for split, each in arrays.items()}
+    content = runs.to_json(settings, runs.Places(workdir), recipe, fingerprints)
+    content |= {"names": arrays["train"].name}  # of a subset, which has the fingerprint of the set
+    parts = (*runs.DETERMINES, "names", "versions")
+    text = json.dumps([content[part] for part in parts], sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:8]
+    file = workdir / f"{name.replace(' ', '-')}-{key}.json"
+    if not file.is_file():
+        scores = _train_and_score(settings, recipe, arrays, name)
+        workdir.mkdir(parents=True, exist_ok=True)
+        runs.write_atomically(file, json.dumps(scores) + "\n")
+    return {kind: np.array(values) for kind, values in json.loads(file.read_text()).items()}
+
+
+def _train_and_score(
+    settings: runs.Settings, recipe: Recipe, arrays: dict[str, data.Arrays], name: str
+) -> dict[str, list[float]]:
+    n, size = len(arrays["train"].image), settings.batch_size
+    training = runs.build(settings, recipe, n)
+    init_key, key = jax.random.split(jax.random.key(settings.seed))
+    state: Any = runs.create_state(settings, recipe, training, init_key)
+    epochs = fit(
+        training.model,
+        training.tx,
+        training.loss_fn,
+        state,
+        n,
+        partial(data.batches, data.to_device(arrays["train"]), size),
+        key=key,
+        seed=settings.seed,
+        epochs=settings.epochs,
+        batch_size=size,
+        augment=training.augment,
+    )
+    try:
+        for epoch in tqdm(epochs, desc=name, unit="epoch", total=settings.epochs):
+            state = epoch.state
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{name}: {error}") from error
+    model, scores = training.model, {}
+    for kind, network in {"dice": model, "dice_flips": predict.Mirrored(model)}.items():
+        _, counts = evaluate(network, state.variables, arrays["validation"])
+        scores[kind] = metrics.dice(counts).mean(-1).tolist()
+    return scores

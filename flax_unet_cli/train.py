@@ -1,0 +1,277 @@
+"""Train a U-Net, or resume the run in the workdir: `flax-unet train --workdir runs/`."""
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from flax_unet import checkpoint, data, draw, runs
+from flax_unet.evaluate import evaluate
+from flax_unet.fit import Epoch, check_finite, fit
+from flax_unet.pictures import DataError
+from flax_unet.predict import predict_proba
+from flax_unet.recipes import RECIPES, Training
+from flax_unet_cli import program
+from flax_unet_cli.sources import Sources, load_split, open_sources, split_of
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of train, and of the studies."""
+
+    places: runs.Places
+    settings: runs.Settings = runs.Settings()
+
+
+#: Printed before the pictures are opened, because the obvious command takes hours.
+SLOW = """\
+note: recipe unet takes about 4 minutes per epoch of Kvasir-SEG at 256x256 on 2 CPU cores;
+      --recipe pretrained (pip install 'flax-unet[pretrained]') is quicker and better"""
+
+
+def run(options: Options) -> int:
+    """Train to the last epoch; return 0, or 128 plus the signal that stopped it, state saved.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+        ValueError, OSError: a setting or the data is unusable.
+    """
+    settings, places = options.settings, options.places
+    workdir = places.workdir
+    recipe = runs.recipe_of(settings)  # settings that do not fit are refused before anything else
+    if (settings.dataset, settings.recipe) == ("kvasir_seg", "unet"):
+        print(SLOW, flush=True)
+    print(f"{settings.dataset}: opening the pictures; the first time takes a minute", flush=True)
+    sources = open_sources(settings, places)
+    pictures = load_pictures(options, sources)
+    training = runs.build(settings, recipe, pictures.n)
+    content = runs.to_json(settings, places, recipe, fingerprints(sources, pictures))
+    init_key, key = jax.random.split(jax.random.key(settings.seed))
+    runs.check_workdir(workdir, content)  # before anything is written
+    state, records = None, []
+    if not checkpoint.exists(workdir / "checkpoints"):
+        state = runs.create_state(settings, recipe, training, init_key)
+    (workdir / "samples").mkdir(parents=True, exist_ok=True)
+    with (
+        runs.locked(workdir),
+        signals_collected() as stop,  # also while the last checkpoint is being written
+        checkpoint.open_checkpoints(workdir / "checkpoints") as checkpoints,
+    ):
+        content, changes = runs.check_workdir(workdir, content)
+        if changes:
+            print(f"warning: different from before: {changes}")
+        runs.write_atomically(workdir / "config.json", json.dumps(content, indent=2) + "\n")
+        if checkpoints.latest_step() is not None:
+            state, progress = checkpoint.restore(checkpoints, runs.abstract_state(training))
+            records = progress["records"]
+            print(f"resuming after step {int(state.step)}")
+        assert state is not None
+        train(options, training, pictures, key, state, records, checkpoints, stop)
+    if stop:
+        name = signal.Signals(stop[0]).name
+        print(f"{name}: the state is saved; run the same command again to resume")
+        return 128 + stop[0]
+    return 0
+
+
+class Pictures(NamedTuple):
+    """What a run learns from."""
+
+    n: int  # training images
+    batches: Callable[[np.ndarray], Iterator[dict[str, Any]]]  # of those with the given indices
+    train: data.Arrays | None  # None if they are streamed
+    validation: data.Arrays
+
+
+def load_pictures(options: Options, sources: Sources) -> Pictures:
+    """The pictures of a run; the training pictures are on the device unless they are streamed.
+
+    Raises:
+        ValueError: a split is empty, or a picture is unusable.
+    """
+    settings, size = options.settings, options.settings.batch_size
+    source, arrays = split_of(settings, sources, "train"), None
+    if options.places.stream:
+        if find_spec("grain") is None:
+            raise DataError("--stream needs grain: pip install 'flax-unet[stream]'")
+        batches = partial(data.stream, source, settings.image_size, size)
+    else:
+        arrays = data.to_device(load_split(settings, sources, "train"))
+        batches = partial(data.batches, arrays, size)
+    return Pictures(len(source), batches, arrays, load_split(settings, sources, "validation"))
+
+
+def fingerprints(sources: Sources, pictures: Pictures) -> dict[str, str]:
+    """The fingerprint of each split; those of the loaded ones are known already."""
+    known = {"validation": pictures.validation.fingerprint}
+    if pictures.train is not None:
+        known["train"] = pictures.train.fingerprint
+    return {split: known.get(split) or data.fingerprint(sources[split]) for split in sources}
+
+
+@contextlib.contextmanager
+def signals_collected() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list instead of exiting; a second signal exits."""
+    signals: list[int] = []
+
+    def collect(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        signals.append(number)
+
+    before = {number: signal.signal(number, collect) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(
+    options: Options,
+    training: Training,
+    pictures: Pictures,
+    key: jax.Array,
+    state: Any,
+    records: list[dict[str, Any]],
+    checkpoints: Any,
+    stop: list[int],
+) -> None:
+    """Run the remaining epochs, given the state and the records of the unfinished epoch."""
+    settings, workdir = options.settings, options.places.workdir
+    n, batches, _, validation = pictures
+    first = int(state.step) // -(-n // settings.batch_size)
+    history = runs.read_history(workdir, first)
+    if first >= settings.epochs:
+        fixed = RECIPES[settings.recipe].optimizer.fixed_length
+        print(f"all {first} epochs are done" + ("" if fixed else "; ask for more with --epochs"))
+    events, resident = event_writer(workdir, int(state.step)), data.to_device(validation)
+
+    def progress_bar(epoch: int, done: int = 0) -> tqdm:
+        return tqdm(
+            desc=f"epoch {epoch}/{settings.epochs}",
+            total=n,
+            initial=done,
+            unit=" images",
+            leave=False,
+            dynamic_ncols=True,
+            disable=epoch > settings.epochs,
+        )
+
+    def on_step(images: int, record: dict[str, Any]) -> None:
+        bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+        bar.update(images)
+
+    epochs = fit(
+        training.model,
+        training.tx,
+        training.loss_fn,
+        state,
+        n,
+        batches,
+        key=key,
+        seed=settings.seed,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        augment=training.augment,
+        records=records,
+        on_step=on_step,
+        stop=lambda: bool(stop),
+    )
+    with progress_bar(first + 1, len(records) * settings.batch_size) as bar:
+        for epoch in epochs:
+            bar.close()
+            if epoch.metrics is None:  # the next start completes the epoch
+                checkpoint.save(checkpoints, epoch.state, {"records": epoch.records})
+                return
+            scores, _ = evaluate(
+                training.model,
+                epoch.state.variables,
+                resident,
+                batch_size=settings.batch_size,
+                loss_fn=training.loss_fn,
+            )
+            check_finite(int(epoch.state.step), validation_loss=scores["loss"])
+            # The checkpoint comes last: what a killed run wrote before it is written again.
+            history.append(line := metrics_line(epoch, epoch.metrics, scores))
+            with (workdir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            report(line, settings.epochs, events)
+            draw.save_curves(workdir / "curves.png", history)
+            if epoch.number % max(1, settings.epochs // 10) == 0 or epoch.number == settings.epochs:
+                file = workdir / "samples" / f"epoch-{epoch.number:04d}.png"
+                save_samples(file, training.model, epoch.state.variables, validation)
+            dice = scores["dice_per_image"]
+            checkpoint.save(checkpoints, epoch.state, {"records": []}, dice=dice)
+            bar = progress_bar(epoch.number + 1)
+
+
+def metrics_line(
+    epoch: Epoch, metrics: dict[str, float], scores: dict[str, float]
+) -> dict[str, Any]:
+    """A line of metrics.jsonl."""
+    return {
+        "epoch": epoch.number,
+        "step": int(epoch.state.step),
+        **metrics,
+        **{f"val_{name}": value for name, value in scores.items()},
+        "seconds": round(epoch.seconds, 3),
+        "images_per_second": round(epoch.images / epoch.seconds, 3),
+    }
+
+
+def save_samples(file: Path, model: Any, variables: Any, arrays: data.Arrays) -> None:
+    """Draw the first images with their predictions."""
+    images, masks = arrays.image[:4], arrays.mask[:4]
+    proba = np.asarray(predict_proba(model, variables, images))
+    rows = zip(images, proba[..., 0], masks[..., 0], strict=True)
+    draw.save_sheet(file, [draw.panels(*row) for row in rows])
+
+
+def event_writer(workdir: Path, step: int) -> Any:
+    """A writer of TensorBoard event files, if tensorboardX is installed."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+
+def report(line: dict[str, Any], epochs: int, events: Any) -> None:
+    """Print an epoch's metrics, the tutorial's first; write the event file."""
+    names = {
+        "loss": "loss",
+        "accuracy": "accuracy",
+        "iou_coef": "iou_coef",
+        "dice_per_image": "dice",
+        "iou_per_image": "iou",
+    }
+    values = [
+        f"{prefix}{short} {line[prefix + name]:.4f}"
+        for prefix in ("", "val_")
+        for name, short in names.items()
+    ]
+    seconds = f"{line['seconds']:.0f} s"
+    print(f"epoch {line['epoch']}/{epochs}", *values, seconds, sep="  ", flush=True)
+    if events is not None:
+        for name, value in line.items():
+            events.add_scalar(name, value, line["step"])
+        events.flush()
+
+
+def main(args: list[str] | None = None) -> int:
+    listed = "\n".join(f"{name}: {recipe.about}" for name, recipe in RECIPES.items())
+    return program.main(Options, run, f"{__doc__}\n\nRecipes:\n{listed}", args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
