@@ -1,8 +1,8 @@
-# make demo: train, evaluate and draw on the embedded data set. make test: the test suite.
+# make demo: train, evaluate and draw on a data set drawn by code. make test: the test suite.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-versions lint bench clean
+.PHONY: demo test test-all test-peers test-versions lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python experiments/train.py --workdir runs/demo --dataset synthetic_polyps \
@@ -16,7 +16,12 @@ test: .venv/installed-dev
 test-all: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile
 
-# The ends of the version window, each in an environment of its own; see the script.
+# The tests that compare with MONAI, torchmetrics and the reference EfficientNet, in a separate
+# environment with these.
+test-peers: .venv-peers/installed
+	.venv-peers/bin/pytest tests/test_boundary.py tests/test_metrics.py tests/test_efficientnet.py
+
+# Both ends of the version window, in separate environments; see the script.
 test-versions:
 	tests/versions.sh
 
@@ -25,7 +30,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-# Beside Keras and PyTorch, in an environment with both.
+# Compared with Keras and PyTorch, in an environment with both.
 bench: .venv-bench/installed
 	mkdir -p runs
 	.venv-bench/bin/python benchmarks/cpu.py --out runs/bench-cpu.json
@@ -33,6 +38,11 @@ bench: .venv-bench/installed
 .venv-bench/installed: benchmarks/requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --requirement benchmarks/requirements.txt --editable .
+	@touch $@
+
+.venv-peers/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --editable ".[peers]"
 	@touch $@
 
 .venv/bin/python:

@@ -30,7 +30,7 @@ Trained models
     draw          pictures of predictions, learning curves
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str):

@@ -50,6 +50,12 @@ def predict_proba(model: Any, variables: Any, image: Any) -> jax.Array:
     The image is edge-padded at the bottom and right to a multiple of the model's stride, and the
     result is cropped. It compiles once per shape.
 
+    >>> from flax_unet import UNet
+    >>> model = UNet(features=(8, 16))
+    >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    >>> predict_proba(model, variables, np.zeros((45, 70, 3), np.uint8)).shape
+    (45, 70, 1)
+
     Args:
         model: has a `stride`.
         variables: its parameters (and state).

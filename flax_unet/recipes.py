@@ -199,6 +199,10 @@ class Training(NamedTuple):
 def build(recipe: Recipe, *, learning_rate: float, steps: int) -> Training:
     """The objects of a recipe.
 
+    >>> training = build(RECIPES["strong"], learning_rate=1e-3, steps=1000)
+    >>> training.model.norm, training.loss_fn.__name__
+    ('batch', 'bce_soft_dice')
+
     Args:
         recipe: from `RECIPES` or `configure`, or your own.
         learning_rate: the constant or the peak rate.

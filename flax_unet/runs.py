@@ -224,10 +224,11 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
             "encoder_rate": old.get("encoder_rate", 1.0),
         }
     augments = ("random_affine", "random_colour", "random_blur", "random_noise")
+    model = pack.describe(pack.build(content["model"])) if "model" in content else {}
     return content | {
         "settings": settings
         | {"epochs": places["epochs"], "encoder": settings.get("encoder") if pretrained else None},
-        "model": pack.describe(pack.build(content["model"])) if "model" in content else {},
+        "model": json.loads(json.dumps(model)),  # lists for tuples, as in `to_json`
         "training": {
             "loss": old["loss"],
             "augment": dict(zip(augments, old.get("augment") or (), strict=False)),

@@ -295,6 +295,16 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Compile `train_step`. The state passed to it is donated: use the one that it returns.
 
+    >>> from flax_unet import UNet, losses
+    >>> model, tx = UNet(features=(8, 16)), optax.adam(1e-3)
+    >>> state = create_train_state(model, tx, jax.random.key(0), (1, 32, 32, 3))
+    >>> step = make_train_step(model, tx, losses.bce)
+    >>> image, mask = jnp.zeros((4, 32, 32, 3), jnp.uint8), jnp.zeros((4, 32, 32, 1), jnp.uint8)
+    >>> batch = {"image": image, "mask": mask, "weight": jnp.ones(4)}
+    >>> state, metrics = step(state, batch, jax.random.key(1))
+    >>> int(state.step), metrics["confusion"].tp.shape
+    (1, (4, 1))
+
     Args:
         model, tx, loss_fn, augment, accumulate: see `train_step`.
         remat: rematerialise the blocks in the backward pass: less memory, more time. The model

@@ -20,7 +20,10 @@ T = TypeVar("T")
 
 
 def main(
-    options: type[T], run: Callable[[T], int | None], description: str, args: list[str] | None
+    options: type[T],
+    run: Callable[[T], int | None],
+    description: str | None,
+    args: list[str] | None,
 ) -> int:
     """Run a program with its command line; return its exit code.
 
