@@ -16,12 +16,12 @@ test: .venv/installed-dev
 test-all: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile
 
-# The tests that compare with MONAI, torchmetrics and the reference EfficientNet, in a separate
-# environment with these.
+# The tests that compare with MONAI, torchmetrics and the reference EfficientNet, in an environment
+# that has them.
 test-peers: .venv-peers/installed
 	.venv-peers/bin/pytest tests/test_boundary.py tests/test_metrics.py tests/test_efficientnet.py
 
-# Both ends of the version window, in separate environments; see the script.
+# Both ends of the supported version range, in separate environments; see the script.
 test-versions:
 	tests/versions.sh
 
@@ -30,7 +30,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-# Compared with Keras and PyTorch, in an environment with both.
+# Benchmarks against Keras and PyTorch, in an environment that has both.
 bench: .venv-bench/installed
 	mkdir -p runs
 	.venv-bench/bin/python benchmarks/cpu.py --out runs/bench-cpu.json

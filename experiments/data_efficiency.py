@@ -1,4 +1,4 @@
-"""Measure Dice against the number of training pictures, or `flax-unet data_efficiency`."""
+"""Dice against the number of training pictures: `python experiments/data_efficiency.py`."""
 
 import sys
 

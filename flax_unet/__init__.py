@@ -11,7 +11,7 @@ From pictures to batches
     data          data sets in memory, batches, streams
     augment       random changes of images and masks, on the device
 
-What is right, and how wrong
+Losses and metrics
     losses        (logits, labels) to a loss per image
     metrics       counts per image, and Dice, IoU, precision, recall from them
     boundary      distances between the outlines of two masks

@@ -1,4 +1,4 @@
-"""Checkpoints: the latest and the best state of a run. The only file that knows Orbax.
+"""Checkpoints: the latest and the best state of a run. The only module that uses Orbax.
 
 A step is a folder that gets its name only when it is complete, so a run killed while saving still
 has the step before. Saving is asynchronous; `close` waits for it.
@@ -124,7 +124,7 @@ def restore_variables(
     state = _restore(checkpoints, step, state=ocp.args.StandardRestore())["state"]
     variables = {"params": _average(state["opt_state"]) or state["params"], **state["model_state"]}
     if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, abstract):
-        raise CheckpointError(f"{checkpoints.directory / str(step)} is of another model")
+        raise CheckpointError(f"{checkpoints.directory / str(step)} does not fit the model")
     return jax.device_put(variables, jax.devices()[0]), step
 
 

@@ -1,7 +1,7 @@
-"""XLA on a CPU: compiler options, and equal formulations that it compiles to faster code.
+"""XLA on a CPU: compiler options, and equivalent formulations that it compiles to faster code.
 
-Measured on two cores of an AMD EPYC. The form is chosen for the platform that a program is lowered
-for; other platforms get XLA's own convolutions.
+Measured on two cores of an AMD EPYC. A formulation is selected per target platform, when a program
+is lowered: other platforms get XLA's own convolutions.
 """
 
 from functools import cache, partial, reduce
@@ -15,11 +15,11 @@ import jax.numpy as jnp
 def compiler_options() -> dict[str, str]:
     """Compiler options for the default backend.
 
-    On jax 0.10 XLA's CPU backend passes convolutions to YNN, which is 1.5 to 4 times slower than
-    Eigen except for the narrowest layers. So YNN gets only matrix products and reductions, which it
-    computes 3 to 12 times faster than XLA does. The backend also removes optimization barriers.
-    They must stay: without them XLA merges what `remat` recomputes with the first computation, and
-    recomputes the operands of `depthwise`'s gradient for every tap.
+    On jax 0.10 XLA's CPU backend passes convolutions to YNN, its kernel library for CPUs, which is
+    1.5 to 4 times slower than Eigen except for the narrowest layers. So YNN gets only matrix
+    products and reductions, which it computes 3 to 12 times faster than XLA does. The backend also
+    removes optimization barriers. They must stay: without them XLA merges what `remat` recomputes
+    with the first computation, and recomputes the operands of `depthwise`'s gradient for every tap.
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -130,7 +130,7 @@ def sums(arrays: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
     """Sums of float32 arrays of equal shape over `axes`, in one pass.
 
     XLA would emit one reduction per array, 3 times slower for the nine products of `depthwise`'s
-    gradient; YNN does not take those.
+    gradient, which YNN cannot fuse.
     """
     zeros = [jnp.zeros((), jnp.float32)] * len(arrays)
     return list(jax.lax.reduce(arrays, zeros, partial(jax.tree.map, jnp.add), axes))

@@ -59,7 +59,10 @@ def decode_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
     image = to_rgb(open_picture(example["image"], files[0]), files[0])
     mask = to_mask(open_picture(example["mask"], files[1]), files[1])
     if image.size != mask.size:
-        raise DataError(f"{files[0]} has {image.size} pixels and its mask {mask.size}")
+        raise DataError(
+            f"{files[0]} is {image.width}x{image.height} but {files[1]} is "
+            f"{mask.width}x{mask.height}: make them the same size"
+        )
     return image, mask
 
 
@@ -92,7 +95,7 @@ def load(
         DataError: the source is empty, or an entry is unusable.
     """
     if not len(source):
-        raise DataError("the data set is empty")
+        raise DataError("the source has no examples: check the folder or the split")
     size = (size, size) if isinstance(size, int) else size
     content, file = fingerprint(source), None
     if cache is not None:
@@ -144,7 +147,8 @@ class FolderSource(Sequence):
             of the stem, so that adding pictures never moves one to another split; None for all.
 
     Raises:
-        DataError: an image has no mask or more than one, or there are no images.
+        DataError: a picture has no mask or a mask no picture, two files have one stem, a folder is
+            missing or empty, or there is no such split.
     """
 
     def __init__(
@@ -153,9 +157,8 @@ class FolderSource(Sequence):
         image, mask = _by_stem(Path(images)), _by_stem(Path(masks))
         if unpaired := sorted(image.keys() ^ mask.keys()):
             raise DataError(
-                f"{unpaired[0]!r} is only in {images if unpaired[0] in image else masks}: each "
-                "image needs a mask with the same stem, and "
-                f"{len(unpaired)} of the stems are in one folder only"
+                f"{unpaired[0]!r} is only in {images if unpaired[0] in image else masks} "
+                f"({len(unpaired)} unpaired in all): give every picture a mask with the same stem"
             )
         if not image:
             raise DataError(f"{images} has no pictures ({', '.join(SUFFIXES)})")
@@ -226,7 +229,7 @@ def batches(
 
     Yields:
         `image` uint8 [B, H, W, 3], `mask` uint8 [B, H, W, 1], `weight` float32 [B]. For arrays on a
-        device: the entire `image` and `mask`, and the rows of this batch, `index` int32 [B].
+        device: the entire `image` and `mask`, the rows `index` int32 [B], and `weight`.
     """
     order = np.arange(len(arrays.image)) if order is None else order
     for start in range(0, len(order), batch_size):
@@ -271,6 +274,8 @@ def stream(
         images, masks, _ = zip(*(pairs[i] for i in index), strict=True)
         return {"image": np.stack(images), "mask": np.stack(masks), "weight": weight}
 
-    ahead = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * batch_size)
+    read_options = grain.ReadOptions(
+        num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * batch_size
+    )
     decoded = grain.MapDataset.source(order.tolist()).map(partial(_decode, source, size=size))
-    yield from decoded.to_iter_dataset(ahead).batch(batch_size, batch_fn=stack)
+    yield from decoded.to_iter_dataset(read_options).batch(batch_size, batch_fn=stack)

@@ -108,9 +108,12 @@ def score(
         variables: its parameters (and state).
         source: see `flax_unet.data`.
         size: height and width of the network's images.
-        batch_size: pictures at a time; affects `iou_coef` only.
+        batch_size: pictures at a time; affects `iou_coef`, speed and memory.
         loss_fn: (logits, labels) to the loss per image.
         tolerance: of the surface Dice, in percent of the picture's diagonal.
+
+    Yields:
+        `Scores` of each batch.
 
     Raises:
         DataError: the source is empty, or an entry is unusable.
@@ -192,11 +195,12 @@ def report(
     """The report on a scored data set.
 
     Args:
-        batches: all of `score`.
+        batches: everything that `score` yielded.
         polyp_sizes: classes of pictures by the fraction [low, high) that is foreground.
 
     Returns:
-        The report as JSON, the counts per image [N, C] at the network's size, and the reliability.
+        The report (a JSON-serialisable dict), the counts per image [N, C] at the network's size,
+        and the reliability.
     """
     rows = [
         {"name": name, **scores}
@@ -249,7 +253,7 @@ def cost(model: Any, variables: Any, batches: Sequence[Scores]) -> dict[str, flo
 
     Args:
         model, variables: as `score` takes them.
-        batches: all of `score`.
+        batches: everything that `score` yielded.
     """
     shape = batches[0].image.shape
     shapes = jax.eval_shape(lambda v: (v, jnp.zeros(shape, jnp.float32)), variables)

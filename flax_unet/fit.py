@@ -1,4 +1,4 @@
-"""The training loop: a generator of epochs that knows no files."""
+"""The training loop: a generator of epochs. It reads and writes no files."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -57,22 +57,22 @@ def fit(
 ) -> Iterator[Epoch]:
     """Train from a state to the last epoch.
 
-    The result depends on the state, the data, `key` and `seed` alone: a run that is stopped and
-    goes on from its last state and records ends like one that was not stopped.
+    All randomness comes from `key` and `seed`, so a run that is resumed from its last state and
+    records ends with the same parameters as an uninterrupted one.
 
     Args:
         model, tx, loss_fn: see `train.train_step`.
         state: donated; from `train.create_train_state`, or the state of an earlier `Epoch`.
         n: number of training images.
-        batches: indices of images to batches of these, in order: `data.batches` or `data.stream`
-            with the other arguments bound.
+        batches: maps image indices to batches of those images, in order: `data.batches` or
+            `data.stream` with the other arguments bound.
         key: PRNG key of dropout and augmentation.
         seed: of the order of the images.
-        epochs: the last epoch.
+        epochs: number of the last epoch.
         batch_size: images per batch, as in `batches`.
         records: the ones of the unfinished `Epoch` that `state` comes from.
         on_step: called with the number of images and the record of each step.
-        stop: asked after each step; if true, the epoch is yielded as it is, and is the last one.
+        stop: called after each step; if true, the epoch is yielded as it is, as the last one.
         augment, accumulate, remat, mesh: see `train.make_train_step`.
 
     Yields:
@@ -80,11 +80,17 @@ def fit(
 
     Raises:
         FloatingPointError: a loss or an update is not finite.
+        ValueError: `state` and `records`, or `batches` and `batch_size`, do not fit together.
     """
     step_fn = make_train_step(
         model, tx, loss_fn, augment=augment, accumulate=accumulate, remat=remat, mesh=mesh
     )
     steps_per_epoch, step, rows = -(-n // batch_size), int(state.step), list(records)
+    if step % steps_per_epoch != len(rows):
+        raise ValueError(
+            f"the state has made {step % steps_per_epoch} of the {steps_per_epoch} steps of an "
+            f"epoch, and there are records of {len(rows)}: use those of the same Epoch"
+        )
 
     def fetch(step: int, result: dict[str, Any], weight: np.ndarray) -> None:
         rows.append(_record(result, weight))
@@ -104,9 +110,14 @@ def fit(
                 fetch(*pending.pop(0))
             if stop():
                 break
-        for each in pending:
-            fetch(*each)
+        for entry in pending:
+            fetch(*entry)
         complete = len(rows) == steps_per_epoch
+        if not complete and not stop():
+            raise ValueError(
+                f"{n} images are {steps_per_epoch} batches of {batch_size}, but `batches` made "
+                f"{len(rows)}: use the same batch_size for both"
+            )
         summary = _summary(rows) if complete else None
         seconds = time.perf_counter() - started
         yield Epoch(epoch + 1, state, rows, summary, seconds, min(n, len(rows) * batch_size) - done)
@@ -138,7 +149,7 @@ def _record(result: dict[str, Any], weight: np.ndarray) -> dict[str, Any]:
 
 def _summary(records: list[dict[str, Any]]) -> dict[str, float]:
     """The training metrics of an epoch from the records of its steps."""
-    counts = [np.concatenate(each) for each in zip(*(r["confusion"] for r in records), strict=True)]
-    # Each image counts equally, also those of the last, smaller batch.
+    counts = [np.concatenate(x) for x in zip(*(r["confusion"] for r in records), strict=True)]
+    # Each image counts equally, including those of the last, smaller batch.
     loss = np.repeat([r["loss"] for r in records], [len(r["confusion"][0]) for r in records])
     return metrics.summary(loss, [r["iou_coef"] for r in records], metrics.Confusion(*counts))

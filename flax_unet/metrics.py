@@ -4,8 +4,8 @@
     dice(counts).mean()                       # Dice per image, averaged
     dice(pooled(counts))                      # Dice of all pixels together
 
-The metrics accept NumPy and JAX arrays. A ratio 0 / 0 is 1: nothing was there and nothing was
-predicted, so nothing is wrong.
+The metrics accept NumPy and JAX arrays. 0 / 0 counts as 1: Dice and IoU if both masks are empty,
+precision if nothing is predicted, recall if nothing is there.
 """
 
 from collections.abc import Sequence

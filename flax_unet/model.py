@@ -229,7 +229,7 @@ class UNet(nn.Module):
 
     Attributes:
         features: channels of each level; the last is the bottleneck. With an `encoder`, channels of
-            each level of the decoder alone.
+            each level of the decoder only.
         num_classes: channels of the logits, each an independent binary mask (sigmoid).
         convs: 3x3 convolutions per block.
         norm: after each convolution: "batch", "instance", the number of channels per group of a
@@ -247,8 +247,8 @@ class UNet(nn.Module):
         encoder: a module in place of the descending blocks, such as
             `flax_unet.efficientnet.Encoder`. It is called with an image (and with `train` and
             `weight`, if it has such arguments) and returns `encoder.levels` + 1 feature maps. The
-            first has 1/`encoder.patch` of the image's height and width, each other one half of the
-            map before it.
+            first has 1/`encoder.patch` of the image's height and width, each following map half
+            the size of the one before.
     """
 
     features: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
@@ -366,7 +366,7 @@ class UNet(nn.Module):
         return sum(logits, head(0, "head")(x))
 
     def _encode(self, image: jax.Array, train: bool, weight: jax.Array | None) -> list[jax.Array]:
-        """The encoder's feature maps; ValueError if there are too many or their sizes differ."""
+        """The encoder's maps; ValueError unless they are as its `patch` and `levels` promise."""
         assert self.encoder is not None
         maps = self.encoder(image, **accepted(self.encoder, train=train, weight=weight))
         patch, skips = self._shape()

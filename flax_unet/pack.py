@@ -56,7 +56,7 @@ def build(described: dict[str, Any]) -> UNet:
     """
     attributes = _upgrade(described)
     if unknown := attributes.keys() - ATTRIBUTES:
-        raise ValueError(f"a UNet has no {', '.join(sorted(unknown))}")
+        raise ValueError(f"a UNet has no {', '.join(sorted(unknown))}: a newer flax-unet may have")
     attributes["dtype"] = jnp.dtype(attributes.get("dtype", "float32"))
     if (encoder := attributes.get("encoder")) is not None:
         attributes["encoder"] = Encoder(encoder["variant"], dtype=jnp.dtype(encoder["dtype"]))
@@ -64,7 +64,7 @@ def build(described: dict[str, Any]) -> UNet:
 
 
 def _upgrade(described: dict[str, Any]) -> dict[str, Any]:
-    """A description by version 0.1.0, which had two attributes for the norm, in today's form."""
+    """Convert a description by version 0.1.0, which had two attributes for the norm."""
     attributes = dict(described)
     batch_norm, group_size = attributes.pop("batch_norm", None), attributes.pop("group_size", 1)
     if not {"batch_norm", "group_size"}.isdisjoint(described):
@@ -95,7 +95,9 @@ def save(folder: str | os.PathLike, packed: Packed) -> None:
         with np.errstate(over="ignore"):
             arrays[name] = np.asarray(x, np.float16 if np.ndim(x) > 1 else np.float32)
         if not np.isfinite(arrays[name]).all():
-            raise ValueError(f"{name} has values that are not finite in {arrays[name].dtype}")
+            raise ValueError(
+                f"{name} has NaN, infinity or values beyond {arrays[name].dtype}: do not export it"
+            )
     file = folder / "model.json"
     if file.exists():
         raise FileExistsError(f"{file} exists: choose another folder")

@@ -17,7 +17,7 @@ MAX_PIXELS = 100_000_000
 
 
 class DataError(ValueError):
-    """A picture or a data set is unusable; the message names the file."""
+    """A picture, a data set or a flag that names one is unusable; the message says which."""
 
 
 def as_float(image: jax.Array) -> jax.Array:
@@ -42,7 +42,8 @@ def open_picture(data: bytes | Path, name: str) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
         if picture.width * picture.height > MAX_PIXELS:
-            raise DataError(f"{picture.width} x {picture.height} pixels are too many")
+            size = f"{picture.width} x {picture.height}"
+            raise DataError(f"{size} pixels, more than {MAX_PIXELS:,}: make it smaller")
         picture.load()
         ImageOps.exif_transpose(picture, in_place=True)  # in place, because a copy has no format
         return picture
@@ -70,8 +71,8 @@ def to_rgb(picture: Image.Image, name: str = "picture") -> Image.Image:
         low, high = values.min(), values.max()
         if low < 0 or high > 65535 or 0 < high < 32768:
             raise DataError(
-                f"{name}: its integer grey values are {low:.0f} to {high:.0f}, and how bright that "
-                "is cannot be known: rescale them to 8 bits, or to the full range of 16 bits"
+                f"{name}: its integer grey values are {low:.0f} to {high:.0f} of an unknown range: "
+                "rescale them to 8 bits, or to the full range of 16 bits"
             )
         picture = Image.fromarray((values / 257).round().astype(np.uint8))
     return picture.convert("RGB")
@@ -111,13 +112,13 @@ def to_mask(picture: Image.Image, name: str = "mask") -> Image.Image:
     else:
         full = 255 if present.max() <= 255 else 65535
         threshold = full - full // 8
-        strange = present[~(present >= threshold) & ~((present >= 0) & (present <= full // 8))]
-        if strange.size or present.max() < threshold:
-            listed = (strange if strange.size else present)[:8]
+        unexpected = present[~(present >= threshold) & ~((present >= 0) & (present <= full // 8))]
+        if unexpected.size or present.max() < threshold:
+            values_shown = (unexpected if unexpected.size else present)[:8]
             raise DataError(
-                f"{name}: a mask must have the values 0 and 1, or values near 0 and 255, and this "
-                f"one has {', '.join(map(str, listed))}: write 255 where the object is and 0 "
-                "elsewhere"
+                f"{name}: a mask must have the values 0 and 1, or values near 0 and {full}, and "
+                f"this one has {', '.join(map(str, values_shown))}: write {full} where the object "
+                "is and 0 elsewhere"
             )
     return Image.fromarray(np.where(values >= threshold, np.uint8(255), np.uint8(0)))
 

@@ -15,7 +15,7 @@ from flax_unet.cpu import compiler_options
 
 @dataclass(frozen=True)
 class Mirrored:
-    """Flip test-time augmentation: averages the logits over the 4 mirror images, at 4x the work.
+    """Test-time augmentation: averages the logits over the 4 flips of the image, at 4x the work.
 
     Use it in place of the model that it wraps, with the same variables.
     """

@@ -17,9 +17,9 @@ from flax_unet.model import ARTICLE, UNet
 class Adam:
     """Adam with Keras' defaults and a constant learning rate.
 
-    Keras adds its epsilon before the second moment is bias-corrected, optax after it (the "epsilon
-    hat" of Kingma, Ba, ICLR 2015, section 2). In the first steps that is 30 times as much, and most
-    gradients of a U-Net are smaller than it.
+    Keras adds its epsilon before the bias correction of the second moment (the "epsilon hat" of
+    Kingma, Ba, ICLR 2015, section 2), optax after it. In the first step the 1e-7 of Keras acts like
+    3.2e-6 in optax, which is more than most entries of a U-Net's gradient.
     """
 
     fixed_length: ClassVar[bool] = False
@@ -33,13 +33,15 @@ class Adam:
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW with linear warm-up and cosine decay of the learning rate to 0. Only kernels decay.
+    """AdamW with linear warm-up and cosine decay of the learning rate to 0.
+
+    Weight decay applies to kernels only.
 
     Loshchilov, Hutter: "Decoupled Weight Decay Regularization", ICLR 2019.
 
     Attributes:
         warmup: fraction of the steps in which the rate rises from 0.
-        clip: largest norm of a gradient.
+        clip: maximum global norm of the gradient.
         weight_decay: per step, times the learning rate.
         average_decay: of the moving average of the parameters.
         encoder_rate: learning-rate multiplier of the module `encoder`.
@@ -67,11 +69,11 @@ class AdamW:
                 for name, module in params.items()
             }
 
-        slow = optax.masked(optax.scale(self.encoder_rate), encoder)
+        scale_encoder = optax.masked(optax.scale(self.encoder_rate), encoder)
         return optax.chain(
             optax.clip_by_global_norm(self.clip),
             optax.adamw(rate, weight_decay=self.weight_decay, mask=kernels),
-            *([] if self.encoder_rate == 1 else [slow]),
+            *([] if self.encoder_rate == 1 else [scale_encoder]),
             train.average_params(self.average_decay),
         )
 
@@ -121,8 +123,8 @@ _STRONG = UNet(
 #: Times: Kvasir-SEG, 2 CPU cores. Dice: mean over the test pictures. See docs/results.md.
 RECIPES = {
     "unet": Recipe(
-        about="the tutorial's widths with instance norm and augmentation. 4 minutes per epoch at "
-        "256x256; Dice 0.796 after 30 epochs (with flips as the only augmentation).",
+        about="the tutorial's channel counts with instance norm and augmentation. 4 minutes per "
+        "epoch at 256x256; Dice 0.796 after 30 epochs (protocol article, flips only).",
         model=UNet(),
         augment={
             "random_affine": {"rotation": 180.0, "scale": 1.25, "shear": 10.0, "shift": 0.1},
@@ -130,13 +132,14 @@ RECIPES = {
         },
     ),
     "article": Recipe(
-        about="the tutorial's network and training. 4 minutes per epoch at 256x256; it predicts no "
-        "polyp at all in the first 10 epochs and more.",
+        about="the tutorial's network, loss and optimizer. 4 minutes per epoch at 256x256; it "
+        "predicts no polyp at all for at least the first 10 epochs.",
         model=ARTICLE,
     ),
     "strong": Recipe(
         about="residual blocks, batch norm, 2x2 patches, BCE + Dice, AdamW, averaged parameters. "
-        "95 minutes for 90 epochs at 128x128 and 50 at 192x192; Dice 0.902, with flips 0.917.",
+        "95 minutes for 90 epochs at 128x128 and 50 at 192x192; Dice 0.902, with flips 0.917 "
+        "(protocol effisegnet).",
         model=_STRONG,
         loss="bce_soft_dice",
         augment=_STRONG_AUGMENT,
@@ -144,7 +147,7 @@ RECIPES = {
     ),
     "pretrained": Recipe(
         about="strong's decoder on an EfficientNet-Lite pretrained on ImageNet. 2 hours for 50 "
-        "epochs at 128x128 and 28 at 224x224; Dice 0.922, with flips 0.927.",
+        "epochs at 128x128 and 28 at 224x224; Dice 0.922, with flips 0.927 (effisegnet).",
         model=_STRONG.clone(features=(24, 48, 96, 128), patch=1, encoder=Encoder("lite0")),
         loss="bce_soft_dice",
         augment=_STRONG_AUGMENT,
@@ -188,7 +191,7 @@ def configure(
 
 
 class Training(NamedTuple):
-    """The objects of a recipe, as `train` and `fit` take them."""
+    """The network, optimizer, loss and augmentation of a recipe, as `fit` takes them."""
 
     model: UNet
     tx: optax.GradientTransformation
@@ -197,7 +200,7 @@ class Training(NamedTuple):
 
 
 def build(recipe: Recipe, *, learning_rate: float, steps: int) -> Training:
-    """The objects of a recipe.
+    """The network, optimizer, loss and augmentation of a recipe.
 
     >>> training = build(RECIPES["strong"], learning_rate=1e-3, steps=1000)
     >>> training.model.norm, training.loss_fn.__name__
@@ -206,7 +209,7 @@ def build(recipe: Recipe, *, learning_rate: float, steps: int) -> Training:
     Args:
         recipe: from `RECIPES` or `configure`, or your own.
         learning_rate: the constant or the peak rate.
-        steps: of the entire training, over which a schedule extends.
+        steps: number of steps of the training run, which a schedule spans.
     """
     augments = [
         partial(getattr(augment, name), **settings) for name, settings in recipe.augment.items()

@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-#: Parts of config.json that determine the result; a run with another value is another run.
+#: Sections of config.json that determine the result; a run with another value is another run.
 DETERMINES = ("settings", "model", "training", "data")
 PACKAGES = ("flax-unet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
 
@@ -33,7 +33,7 @@ class Settings:
     """What a run computes."""
 
     recipe: str = "unet"
-    """unet, article, strong or pretrained: see above."""
+    """Name of a recipe; `flax-unet train --help` describes them."""
     encoder: Literal["lite0", "lite2"] | None = None
     """EfficientNet of --recipe pretrained; lite0 by default."""
     dataset: str = "kvasir_seg"
@@ -44,7 +44,7 @@ class Settings:
     """Workdir of a run with the same network, or an exported model, to start from its best
     parameters."""
     features: tuple[int, ...] | None = None
-    """Channels per level, the last one is the bottleneck; with an encoder, channels per level of
+    """Channels per level; the last is the bottleneck. With an encoder, channels per level of
     the decoder. By default the recipe's."""
     image_size: int = 256
     """Height and width of the resized images: a multiple of 32; each level fewer in --features
@@ -54,7 +54,7 @@ class Settings:
     epochs: int = 100
     """Passes over the training split; runs with a constant learning rate can be extended later."""
     learning_rate: float = 1e-3
-    """Learning rate; for strong and pretrained, its peak."""
+    """Learning rate, or the peak of a schedule."""
     seed: int = 0
     """Seed of the initial parameters, the order of the images, dropout and augmentation."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -63,7 +63,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Places:
-    """Where things are. None of it changes the result."""
+    """Paths, and how the pictures are loaded. None of it changes the result."""
 
     workdir: Path
     """Folder of the run: config.json, metrics.jsonl, checkpoints, pictures."""
@@ -97,7 +97,7 @@ def recipe_of(settings: Settings) -> recipes.Recipe:
 
 
 def configure(recipe: recipes.Recipe, settings: Settings) -> recipes.Recipe:
-    """A recipe, such as one of your own, with the network of the settings.
+    """A recipe (built-in or your own) with the settings applied to its network.
 
     Raises:
         ValueError: the settings do not fit the recipe's network.
@@ -117,9 +117,9 @@ def configure(recipe: recipes.Recipe, settings: Settings) -> recipes.Recipe:
     return recipe
 
 
-def build(settings: Settings, recipe: recipes.Recipe, images: int) -> recipes.Training:
-    """The objects of a recipe, for a number of training images."""
-    steps = settings.epochs * -(-images // settings.batch_size)
+def build(settings: Settings, recipe: recipes.Recipe, n_images: int) -> recipes.Training:
+    """Build a recipe for a number of training images."""
+    steps = settings.epochs * -(-n_images // settings.batch_size)
     return recipes.build(recipe, learning_rate=settings.learning_rate, steps=steps)
 
 
@@ -165,7 +165,7 @@ def _create(training: recipes.Training, key: jax.Array) -> train.TrainState:
 def to_json(
     settings: Settings, places: Places, recipe: recipes.Recipe, fingerprints: dict[str, str]
 ) -> dict[str, Any]:
-    """The content of config.json: `DETERMINES`, and the rest for the record."""
+    """The content of config.json: `DETERMINES`, and places, device and versions."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout, not installed
@@ -188,7 +188,7 @@ def to_json(
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
-    """The config.json of a run, in today's form.
+    """The config.json of a run, in the current format.
 
     Raises:
         FileNotFoundError: there is none.
@@ -207,7 +207,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 
 def upgrade(content: dict[str, Any]) -> dict[str, Any]:
-    """A config.json of version 0.1.0 in today's form; any other as it is."""
+    """Convert a config.json of version 0.1.0 to the current format; return others as they are."""
     if "config" not in content:
         return content
     content = dict(content)
@@ -243,29 +243,26 @@ def from_json(content: dict[str, Any], workdir: Path) -> tuple[Settings, Places]
     """The settings and places in a config.json.
 
     Raises:
-        ValueError: it is of another version.
+        KeyError, TypeError, ValueError: it is of another version.
     """
-    try:
-        settings, places = dict(content["settings"]), dict(content["places"])
-        settings["features"] = tuple(settings["features"])
-        settings["init"] = settings["init"] and Path(settings["init"])
-        for name in ("kvasir_zip", "images", "masks", "data_dir"):
-            places[name] = places[name] and Path(places[name])
-        places["workdir"] = workdir
-        return Settings(**settings), Places(**places)
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{workdir} is of another version or program: {error}") from error
+    settings, places = dict(content["settings"]), dict(content["places"])
+    settings["features"] = tuple(settings["features"])
+    settings["init"] = settings["init"] and Path(settings["init"])
+    for name in ("kvasir_zip", "images", "masks", "data_dir"):
+        places[name] = places[name] and Path(places[name])
+    places["workdir"] = workdir
+    return Settings(**settings), Places(**places)
 
 
 def check_workdir(workdir: Path, new: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Compare the run that is to start with what the workdir holds; nothing is written.
+    """Compare the run about to start with what the workdir holds; nothing is written.
 
     Args:
         workdir: an empty or missing folder, or the folder of the same run.
         new: from `to_json`.
 
     Returns:
-        The config.json to write, and a list of the differences that do not change the result.
+        The config.json to write, and the differences in versions, device and places, as text.
 
     Raises:
         ValueError: the workdir holds a run that computes something else (the message lists the
@@ -275,19 +272,19 @@ def check_workdir(workdir: Path, new: dict[str, Any]) -> tuple[dict[str, Any], s
         _check_unused(workdir)
         return new, ""
     old, changes = read_config(workdir), {}
-    for part in DETERMINES:
-        changes |= _differences(old[part], new[part])
+    for section in DETERMINES:
+        changes |= _differences(old[section], new[section])
     if not getattr(recipes, new["training"]["optimizer"]["name"]).fixed_length:
         changes.pop("epochs", None)
     if changes:
         raise ValueError(
-            f"{workdir} holds a run with other settings ({_listed(changes)}): choose another "
+            f"{workdir} holds a run with other settings ({_as_text(changes)}): choose another "
             "--workdir, or use the same settings to resume it"
         )
-    for part in ("versions", "places"):
-        changes |= _differences(old[part], new[part])
+    for section in ("versions", "places"):
+        changes |= _differences(old[section], new[section])
     changes |= _differences({"device": old["device"]}, {"device": new["device"]})
-    return new | {"versions": old["versions"], "device": old["device"]}, _listed(changes)
+    return new | {"versions": old["versions"], "device": old["device"]}, _as_text(changes)
 
 
 def _check_unused(workdir: Path) -> None:
@@ -305,13 +302,13 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[An
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _listed(changes: dict[str, tuple[Any, Any]]) -> str:
+def _as_text(changes: dict[str, tuple[Any, Any]]) -> str:
     return ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keep other processes from training in a workdir while this one lives.
+    """Lock a workdir for the duration of the block, except on Windows.
 
     Raises:
         ValueError: another process trains in it.
@@ -321,12 +318,16 @@ def locked(workdir: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ValueError(f"another process is training in {workdir}") from error
+                raise ValueError(
+                    f"another process is training in {workdir}: wait, or choose another --workdir"
+                ) from error
         yield
 
 
 def read_history(workdir: Path, epochs: int) -> list[dict[str, Any]]:
-    """The first lines of metrics.jsonl, one per epoch; later lines of a killed run are removed.
+    """Read the first `epochs` lines of metrics.jsonl and remove later ones.
+
+    A run that was killed before it saved a checkpoint leaves later lines.
 
     Raises:
         ValueError: a line is damaged.
@@ -369,24 +370,26 @@ def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> T
         which: checkpoint of a run, `best` by validation Dice or `latest`.
 
     Raises:
-        FileNotFoundError: there is neither, or no such checkpoint.
+        FileNotFoundError: the folder holds neither.
+        CheckpointError: the checkpoint is missing or damaged.
         ValueError: the config.json or the model cannot be read.
     """
     folder = Path(folder).expanduser().absolute()
-    if (folder / "model.json").is_file():
-        packed = pack.load(folder)
-        content, model, variables = upgrade(packed.about), packed.model, packed.variables
-        step, which = packed.about.get("step", 0), packed.about.get("checkpoint", which)
-    else:
-        content = read_config(folder)
-        model = pack.build(content["model"])
+    packed = pack.load(folder) if (folder / "model.json").is_file() else None
+    content = read_config(folder) if packed is None else packed.about
+    try:
+        content = upgrade(content)
+        settings, places = from_json(content, folder)
+        loss_fn, fingerprints = getattr(losses, content["training"]["loss"]), content["data"]
+        model = pack.build(content["model"]) if packed is None else packed.model
         image = jnp.zeros((1, model.stride, model.stride, 3))
         abstract = jax.eval_shape(model.init, jax.random.key(0), image)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is of another version or program: {error}") from error
+    if packed is None:
         with checkpoint.open_checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
             variables, step = checkpoint.restore_variables(checkpoints, abstract, which)
-    settings, places = from_json(content, folder)
-    try:
-        loss_fn, fingerprints = getattr(losses, content["training"]["loss"]), content["data"]
-    except (AttributeError, KeyError) as error:
-        raise ValueError(f"{folder} is of another version or program: {error}") from error
+    else:
+        variables, step = packed.variables, content.get("step", 0)
+        which = content.get("checkpoint", which)
     return Trained(settings, places, model, variables, loss_fn, step, fingerprints, which)

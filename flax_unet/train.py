@@ -2,7 +2,7 @@
 
 A batch is a dict: `image` [B, H, W, 3], uint8 or float in [0, 1]; `mask` [B, H, W, C] of 0 and 1;
 `weight` [B], 0 for padding images, which do not count. With an `index` [B], `image` and `mask` hold
-the whole data set [N, ...] on the device, and the step gathers those rows.
+the entire data set [N, ...] on the device, and the step gathers those rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -89,7 +89,9 @@ def average_params(decay: float) -> optax.GradientTransformation:
 def create_train_state(
     model: nn.Module, tx: optax.GradientTransformation, key: jax.Array, image_shape: tuple[int, ...]
 ) -> TrainState:
-    """The state before the first step; under `jax.eval_shape`, its shapes and types. Compiled.
+    """The state before the first step; under `jax.eval_shape`, its shapes and types.
+
+    It is jitted, so `model` and `tx` must be hashable.
 
     Args:
         model: a Linen module called with an image [B, H, W, C].
@@ -98,7 +100,7 @@ def create_train_state(
         image_shape: (B, H, W, C); the parameters depend on C alone.
     """
     # A network draws dozens of times, and threefry compiles several times slower than XLA's own
-    # generator. The values of the latter differ between kinds of devices.
+    # generator, whose values differ between kinds of devices.
     rbg = jax.random.wrap_key_data(jax.random.bits(key, (4,), jnp.uint32), impl="rbg")
     model_state = dict(model.init(rbg, jnp.zeros(image_shape, jnp.float32)))
     params = model_state.pop("params")
@@ -177,8 +179,7 @@ def train_step(
 
     Raises:
         ValueError: the loss is not one value per image, shapes do not agree, the batch cannot be
-            split into `accumulate` micro-batches, or the model names its training argument
-            otherwise.
+            split into `accumulate` micro-batches, or the model has `train` under another name.
     """
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     image, labels, weight = _take(batch)
@@ -186,7 +187,9 @@ def train_step(
         image, labels = augment(augment_key, image, labels)
     image, labels = as_float(image), labels.astype(jnp.float32)
     if len(image) % accumulate:
-        raise ValueError(f"{len(image)} images cannot be split into {accumulate} micro-batches")
+        raise ValueError(
+            f"{len(image)} images cannot be split into {accumulate} micro-batches: use a multiple"
+        )
 
     # Avoids 0 / 0: the loss of a batch of padding images is 0.
     images = jnp.maximum(weight.sum(), jnp.finfo(jnp.float32).tiny)
@@ -212,8 +215,10 @@ def train_step(
         return (loss + more, optax.tree.add(grads, more_grads), model_state), logits
 
     if accumulate == 1:
-        whole = image, labels, weight, dropout_key
-        (loss, (logits, model_state)), grads = gradient(state.params, state.model_state, whole)
+        batch_parts = image, labels, weight, dropout_key
+        (loss, (logits, model_state)), grads = gradient(
+            state.params, state.model_state, batch_parts
+        )
     else:
         # Image i goes to micro-batch i % accumulate: each has images of all devices.
         micro_batches = [
@@ -244,8 +249,8 @@ def _training_arguments(model: nn.Module, weight: jax.Array) -> dict[str, Any]:
     others = accepted(model, training=0, is_training=0, deterministic=0, use_running_average=0)
     if "train" not in arguments and others:
         raise ValueError(
-            f"{type(model).__name__} is trained with train=True, and its argument is called "
-            f"{', '.join(others)}: rename it to `train`, or wrap the model"
+            f"{type(model).__name__} has no argument `train` but {', '.join(others)}: wrap it in a "
+            "module whose `__call__` takes `train`"
         )
     return arguments
 
@@ -279,7 +284,7 @@ def _check_loss(loss: jax.Array, weight: jax.Array) -> None:
     if loss.shape != weight.shape or loss.ndim != 1:
         raise ValueError(
             f"the loss has shape {loss.shape} and weight {weight.shape}: both must be [B], one "
-            "value per image"
+            "value per image: average a loss over H, W and C, not over B"
         )
 
 

@@ -9,9 +9,12 @@ PROGRAMS = ("train", "evaluate", "predict", "export", "ablate", "data_efficiency
 def main() -> int:
     program = [name.replace("-", "_") for name in sys.argv[1:2]]
     if not program or program[0] not in PROGRAMS:
+        if program and program[0] not in ("_h", "__help"):
+            print(f"error: there is no program {sys.argv[1]!r}", file=sys.stderr)
         print(f"{__doc__}\n\nPrograms: {', '.join(PROGRAMS)}. Each of them has --help.")
-        return 0 if sys.argv[1:2] in (["-h"], ["--help"]) else 2
-    return importlib.import_module(f"flax_unet_cli.{program[0]}").main(sys.argv[2:])
+        return 0 if program in (["_h"], ["__help"]) else 2
+    sys.argv[:2] = [f"flax-unet {program[0]}"]  # the name in its help and errors
+    return importlib.import_module(f"flax_unet_cli.{program[0]}").main()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What each ingredient of `strong` contributes: `flax-unet ablate --workdir runs/ablation`.
 
 Trains the recipe, and the recipe with one ingredient changed at a time, and scores the last state
-of each on the validation split. Finished trainings are reused. Intervals cover the variation over
-images only: each row is one training, so the variation over seeds is not included.
+of each on the validation split. Finished training runs are reused. Intervals cover the variation
+over pictures only: each row is one training run, so the variation over seeds is not included.
 """
 
 import sys
@@ -43,7 +43,7 @@ ROWS = {
 def table_row(name: str, values: np.ndarray, base: np.ndarray) -> str:
     """A row of the table: the mean, and its difference from the recipe's with an interval."""
     low, high = metrics.bootstrap_interval(values - base)
-    verdict = "not shown" if low <= 0 <= high else ""
+    verdict = "not significant" if low <= 0 <= high else ""
     gap = (values - base).mean()
     return f"| {name} | {values.mean():.3f} | {gap:+.3f} ({low:+.3f} to {high:+.3f}) | {verdict} |"
 

@@ -2,8 +2,8 @@
 
 Trains `strong` and `pretrained` on fractions of the training pictures, each time for as many steps
 (rounded up to entire epochs) as `--epochs` takes with all of them, scores the last state on the
-validation split, and draws data-efficiency.png. Finished trainings are reused. A bar is the 95 %
-interval over the validation images, for one training and one choice of pictures.
+validation split, and draws data-efficiency.png. Finished training runs are reused. A bar is the
+95 % interval over the validation pictures, for one training run and one choice of pictures.
 """
 
 import sys
@@ -24,7 +24,7 @@ FRACTIONS = (0.05, 0.1, 0.25, 0.5, 1.0)
 def dice_by_images(
     workdir: Path, settings: runs.Settings, arrays: dict[str, data.Arrays]
 ) -> dict[int, np.ndarray]:
-    """{number of training images: Dice per validation image}, from nested random subsets."""
+    """{number of training pictures: Dice per validation picture}, from nested random subsets."""
     train, results = arrays["train"], {}
     order = data.shuffled(len(train.image), settings.seed, epoch=0)
     steps = settings.epochs * -(-len(order) // settings.batch_size)
@@ -32,10 +32,12 @@ def dice_by_images(
         index = order[: max(1, round(fraction * len(order)))]
         names = [train.name[i] for i in index]
         subset = train._replace(image=train.image[index], mask=train.mask[index], name=names)
-        longer = replace(settings, epochs=-(-steps // -(-len(index) // settings.batch_size)))
+        subset_settings = replace(
+            settings, epochs=-(-steps // -(-len(index) // settings.batch_size))
+        )
         name = f"{settings.recipe} on {len(index)} images"
-        recipe = runs.recipe_of(longer)
-        scores = train_and_score(workdir, longer, recipe, arrays | {"train": subset}, name)
+        recipe = runs.recipe_of(subset_settings)
+        scores = train_and_score(workdir, subset_settings, recipe, arrays | {"train": subset}, name)
         results[len(index)] = scores["dice"]
     return results
 
@@ -51,7 +53,7 @@ def save_picture(file: Path, results: dict[str, dict[int, np.ndarray]]) -> None:
         low, high = np.transpose([metrics.bootstrap_interval(v) for v in dice.values()])
         bars = np.maximum([mean - low, high - mean], 0)
         axes.errorbar([*dice], mean, bars, marker="o", capsize=3, label=recipe)
-    axes.set(xscale="log", xlabel="training images", ylabel="Dice, mean over validation images")
+    axes.set(xscale="log", xlabel="training pictures", ylabel="Dice, mean over validation pictures")
     ticks = sorted({n for dice in results.values() for n in dice})
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.minorticks_off()
@@ -67,7 +69,7 @@ def run(options: Options) -> None:
     results = {
         name: dice_by_images(workdir, settings_for(options, name), arrays) for name in RECIPES
     }
-    print("| training images | " + " | ".join(RECIPES) + " |\n|---" + "|---" * len(results) + "|")
+    print("| training pictures | " + " | ".join(RECIPES) + " |\n|---" + "|---" * len(results) + "|")
     for n in results[RECIPES[0]]:
         cells = []
         for dice in results.values():

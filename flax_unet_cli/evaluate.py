@@ -32,7 +32,7 @@ class Options:
     split: Literal["train", "validation", "test"] = "test"
     """Split of the data set that the run was trained on."""
     checkpoint: Literal["best", "latest"] | None = None
-    """best by validation Dice; the default, except latest when the validation split is scored."""
+    """best (by validation Dice) or latest; by default best, but latest for --split validation."""
     images: Path | None = None
     """Folder of other images to score, all of them; needs --masks."""
     masks: Path | None = None
@@ -42,7 +42,7 @@ class Options:
     data_dir: Path | None = None
     """Where TFDS stores prepared data sets, if they were moved."""
     flips: bool = False
-    """Average the predictions over the mirror images of each picture, at 4 times the work."""
+    """Average the prediction over the 4 flips of each image, at 4 times the work."""
 
 
 def open_split(
@@ -51,7 +51,7 @@ def open_split(
     """The pictures to score, the name of the report, and the protocol."""
     settings, places = trained.settings, trained.places
     if (options.images is None) != (options.masks is None):
-        raise DataError("--images and --masks go together")
+        raise DataError("give both --images and --masks, or neither")
     if options.images is not None and options.masks is not None:
         source = data.FolderSource(options.images, options.masks)
         return source, f"folder-{options.images.parent.name}-{options.images.name}", "folder"

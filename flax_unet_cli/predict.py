@@ -30,7 +30,7 @@ class Options:
     threshold: float = 0.5
     """Probability above which a pixel is in the mask."""
     flips: bool = False
-    """Average the predictions over the mirror images of each picture, at 4 times the work."""
+    """Average the prediction over the 4 flips of each image, at 4 times the work."""
 
 
 def plan(inputs: tuple[Path, ...], out: Path) -> dict[Path, tuple[Path, Path]]:

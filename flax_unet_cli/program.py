@@ -28,7 +28,7 @@ def main(
     """Run a program with its command line; return its exit code.
 
     Args:
-        options: a dataclass, the flags; fields that are dataclasses add theirs.
+        options: a dataclass whose fields are the flags; fields that are dataclasses add theirs.
         run: returns the exit code, or None for 0.
         description: for --help.
         args: the command line; by default that of the process.
@@ -59,7 +59,7 @@ def _absolute(flags: T) -> T:
 
 
 def cache_folder() -> Path:
-    """Where decoded pictures and compiled programs are kept; it may be removed at any time."""
+    """Where decoded pictures and compiled XLA code are cached; it may be removed at any time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax_unet"
 
 

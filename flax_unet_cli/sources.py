@@ -32,6 +32,10 @@ def open_sources(settings: Settings, places: Places) -> Sources:
         raise DataError(
             f"there is no data set {settings.dataset!r}: choose folder or one of {', '.join(names)}"
         )
+    if (name := protocol(settings)) and name not in (protocols := names[settings.dataset]):
+        raise DataError(
+            f"{settings.dataset} has no protocol {name!r}: choose one of {', '.join(protocols)}"
+        )
     options = {} if places.kvasir_zip is None else {"kvasir_zip": places.kvasir_zip}
     return tfds_kvasir.sources(
         settings.dataset, protocol(settings), data_dir=places.data_dir, **options

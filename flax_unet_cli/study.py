@@ -1,4 +1,4 @@
-"""What the studies share: trainings whose scores are kept in the workdir."""
+"""What the studies share: training runs whose scores are kept in the workdir."""
 
 import hashlib
 import json
@@ -24,14 +24,14 @@ def open_study(options: Options, *recipes: str, unused: tuple[str, ...]) -> dict
     """The training and the validation split.
 
     Raises:
-        ValueError: the settings do not fit one of the recipes, a flag of train that is `unused`
-            here is given, or the data is unusable.
+        ValueError: the settings do not fit one of the recipes, a flag in `unused` was set, or the
+            data is unusable.
         ModuleNotFoundError: the encoder's weights are not installed.
     """
     given = vars(options.places) | vars(options.settings)
     default = vars(runs.Places(options.places.workdir)) | vars(runs.Settings())
     if ignored := [flag for flag in unused if given[flag] != default[flag]]:
-        raise ValueError(f"--{ignored[0]} has no use here: leave it out")
+        raise ValueError(f"--{ignored[0]} is not used by this program: leave it out")
     for name in recipes:
         recipe = runs.recipe_of(settings_for(options, name))
         if recipe.imagenet and recipe.model.encoder is not None:
@@ -43,7 +43,7 @@ def open_study(options: Options, *recipes: str, unused: tuple[str, ...]) -> dict
 
 
 def settings_for(options: Options, recipe: str) -> runs.Settings:
-    """The settings with another recipe; --encoder is for the recipe that has one."""
+    """The settings with another recipe; --encoder applies only to `pretrained`."""
     encoder = options.settings.encoder if recipe == "pretrained" else None
     return replace(options.settings, recipe=recipe, encoder=encoder)
 

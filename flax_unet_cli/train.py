@@ -33,14 +33,14 @@ class Options:
     settings: runs.Settings = runs.Settings()
 
 
-#: Printed before the pictures are opened, because the obvious command takes hours.
+#: Printed before the pictures are opened, because the default command takes hours.
 SLOW = """\
 note: recipe unet takes about 4 minutes per epoch of Kvasir-SEG at 256x256 on 2 CPU cores;
       --recipe pretrained (pip install 'flax-unet[pretrained]') is quicker and better"""
 
 
 def run(options: Options) -> int:
-    """Train to the last epoch; return 0, or 128 plus the signal that stopped it, state saved.
+    """Train to the last epoch; return 0, or 128 plus the signal that stopped it.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -69,7 +69,7 @@ def run(options: Options) -> int:
     ):
         content, changes = runs.check_workdir(workdir, content)
         if changes:
-            print(f"warning: different from before: {changes}")
+            print(f"warning: resuming with other versions, device or places: {changes}")
         runs.write_atomically(workdir / "config.json", json.dumps(content, indent=2) + "\n")
         if checkpoints.latest_step() is not None:
             state, progress = checkpoint.restore(checkpoints, runs.abstract_state(training))
@@ -201,7 +201,7 @@ def train(
                 loss_fn=training.loss_fn,
             )
             check_finite(int(epoch.state.step), validation_loss=scores["loss"])
-            # The checkpoint comes last: what a killed run wrote before it is written again.
+            # The checkpoint comes last, so that a killed run repeats everything before it.
             history.append(line := metrics_line(epoch, epoch.metrics, scores))
             with (workdir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -230,8 +230,8 @@ def metrics_line(
 
 
 def save_samples(file: Path, model: Any, variables: Any, arrays: data.Arrays) -> None:
-    """Draw the first images with their predictions."""
-    images, masks = arrays.image[:4], arrays.mask[:4]
+    """Draw the first four images with their predictions."""
+    images, masks = np.asarray(arrays.image[:4]), np.asarray(arrays.mask[:4])
     proba = np.asarray(predict_proba(model, variables, images))
     rows = zip(images, proba[..., 0], masks[..., 0], strict=True)
     draw.save_sheet(file, [draw.panels(*row) for row in rows])
@@ -269,8 +269,8 @@ def report(line: dict[str, Any], epochs: int, events: Any) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    listed = "\n".join(f"{name}: {recipe.about}" for name, recipe in RECIPES.items())
-    return program.main(Options, run, f"{__doc__}\n\nRecipes:\n{listed}", args)
+    listed = "\n\n".join(f"{name}: {recipe.about}" for name, recipe in RECIPES.items())
+    return program.main(Options, run, f"{__doc__}\n\nRecipes:\n\n{listed}", args)
 
 
 if __name__ == "__main__":

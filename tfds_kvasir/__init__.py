@@ -1,4 +1,4 @@
-"""Kvasir-SEG and synthetic polyps as TFDS datasets; importing this package registers them."""
+"""Kvasir-SEG and synthetic polyps as TFDS data sets; importing this package registers them."""
 
 import contextlib
 import importlib.util
@@ -16,7 +16,7 @@ __all__ = ["datasets", "sources"]
 
 
 def datasets() -> dict[str, list[str]]:
-    """The names of the datasets imported above, and of the configurations of each."""
+    """The names of the data sets imported above, and of the configurations of each."""
     return {
         builder.name: [config.name for config in builder.BUILDER_CONFIGS]
         for builder in SegmentationBuilder.__subclasses__()
@@ -30,13 +30,14 @@ def sources(
     data_dir: str | os.PathLike[str] | None = None,
     **builder_kwargs,
 ) -> dict[str, Sequence[dict]]:
-    """Open all splits of a dataset as {split: source}, and prepare the dataset first if necessary.
+    """Open all splits of a data set as {split: source}, and prepare it first if necessary.
 
     Args:
         name: one of `datasets()`.
-        config: configuration of the dataset, such as "medico"; the first one by default.
-        data_dir: folder in which TFDS stores datasets; ~/tensorflow_datasets by default.
-        **builder_kwargs: arguments of the dataset's builder, such as kvasir_zip="kvasir-seg.zip".
+        config: configuration of the data set, such as "medico"; the first one by default.
+        data_dir: folder in which TFDS stores data sets; ~/tensorflow_datasets by default.
+        **builder_kwargs: arguments of the data set's builder, such as
+            kvasir_zip="kvasir-seg.zip".
 
     Returns:
         A sequence per split, in the split's order. source[i] is {"name": str, "image": bytes,
@@ -47,13 +48,13 @@ def sources(
         FileNotFoundError: kvasir_zip or KVASIR_SEG_ZIP is not a file.
         ConnectionError: no kvasir-seg.zip is present and it cannot be downloaded.
         ValueError: the zip is not a valid Kvasir-SEG (nothing incomplete is left in data_dir);
-            or the dataset in data_dir is stored as tfrecord, or is damaged (also raised when
-            an example is read); or array_record is not installed, as on Windows.
+            or the data set in data_dir is stored as tfrecord, or is damaged (also raised when
+            an example is read); or array_record is not installed (it is not available on Windows).
     """
     if importlib.util.find_spec("array_record") is None:
         raise ValueError(
-            f"{name} needs array_record, which does not exist for Windows: use a folder of "
-            "pictures instead"
+            f"{name} needs array_record: pip install array-record (not available on Windows: use "
+            "a folder of pictures)"
         )
     builder = tfds.builder(name, config=config, data_dir=data_dir, **builder_kwargs)
     # Hide TFDS' progress bars and its report of unknown sizes; errors are raised regardless.

@@ -1,4 +1,4 @@
-"""Shared by both datasets: features, mask encoding, bounding boxes, a base class of builders."""
+"""Shared by both data sets: features, mask encoding, bounding boxes, a base class of builders."""
 
 import importlib.util
 import io
@@ -29,7 +29,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     def __init__(self, *, file_format: str | tfds.core.FileFormat | None = None, **kwargs):
         """Args, in addition to those of TFDS:
 
-        file_format: format in which the dataset is prepared; by default tfrecord, as in TFDS,
+        file_format: format in which the data set is prepared; by default tfrecord, as in TFDS,
             or array_record if TensorFlow is not installed.
         """
         super().__init__(file_format=file_format, **kwargs)

@@ -1,1 +1,1 @@
-"""The Kvasir-SEG dataset, in the folder layout of TFDS."""
+"""The Kvasir-SEG data set, in the folder layout of TFDS."""

@@ -26,7 +26,7 @@ Download kvasir-seg.zip on a machine with network access, then
   tfds.builder("kvasir_seg", kvasir_zip="kvasir-seg.zip"), or
 - set the environment variable KVASIR_SEG_ZIP to its path, or
 - put it into TFDS' manual_dir (<data_dir>/downloads/manual) under the name kvasir-seg.zip.
-`make demo` does not need this dataset."""
+The data set synthetic_polyps needs no download."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,7 +43,8 @@ class Protocol(tfds.core.BuilderConfig):
 _DESCRIPTIONS = {
     "article": "603/67/330, as in the tutorial: a random third of the sorted names for test, the "
     "last tenth of the rest for validation.",
-    "medico": "880/120: the dataset authors' lists for MediaEval Medico 2020; no test split.",
+    "medico": "880/120: the lists of the data set's authors for MediaEval Medico 2020; no test "
+    "split.",
     "effisegnet": "800/100/100: the lists published with EffiSegNet.",
     "sorted42": "800/100/100: sklearn's train_test_split of the sorted names, random_state=42.",
 }
@@ -55,7 +56,7 @@ class Builder(SegmentationBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {
-        "1.0.0": "Original JPEG images; masks are 1-channel PNG, 1 where grey > 127, otherwise 0."
+        "1.0.0": "Original JPEG files; masks are 1-channel PNG, 1 where grey > 127, otherwise 0."
     }
     BUILDER_CONFIGS = [
         Protocol(name=name, description=description, splits=_SPLITS[name])
@@ -67,7 +68,7 @@ class Builder(SegmentationBuilder):
 
         kvasir_zip: path of kvasir-seg.zip. By default the environment variable KVASIR_SEG_ZIP,
             then kvasir-seg.zip in TFDS' manual_dir, then the download. The zip is read only if
-            the dataset has not been prepared yet.
+            the data set has not been prepared yet.
         """
         super().__init__(**kwargs)
         self._kvasir_zip = kvasir_zip
@@ -89,8 +90,8 @@ class Builder(SegmentationBuilder):
         names = [name for split in protocol.splits.values() for name in split]
         if missing := [name for name in names if name not in pairs]:
             raise ValueError(
-                f"{path}: {len(missing)} of the {len(names)} images of {protocol.name} are missing,"
-                f" the first is images/{missing[0]}.jpg; download {URL} again"
+                f"{path}: {len(missing)} of the {len(names)} pictures of {protocol.name} are "
+                f"missing, the first is images/{missing[0]}.jpg; download {URL} again"
             )
         return {
             split: self._generate_examples(path, [(name, *pairs[name]) for name in names])
@@ -127,7 +128,7 @@ class Builder(SegmentationBuilder):
                     raise FileNotFoundError(f"{source} is {path}, which is not a file")
                 return path
         # Not dl_manager.manual_dir: that requires MANUAL_DOWNLOAD_INSTRUCTIONS, which are for
-        # datasets without a download, and TFDS would verify the user's zip against our checksum.
+        # data sets without a download, and TFDS would verify the user's zip against our checksum.
         manual_dir = dl_manager._manual_dir
         if manual_dir and (manual := Path(manual_dir) / "kvasir-seg.zip").is_file():
             return manual
@@ -138,7 +139,7 @@ class Builder(SegmentationBuilder):
                     response.raise_for_status()
             except requests.RequestException as error:
                 raise ConnectionError(
-                    f"there is no kvasir-seg.zip here and {URL} cannot be reached. {REMEDIES}"
+                    f"no kvasir-seg.zip was found and {URL} cannot be reached. {REMEDIES}"
                 ) from error
         try:
             return Path(dl_manager.download(URL))
@@ -149,7 +150,7 @@ class Builder(SegmentationBuilder):
 def _pairs(path: Path) -> dict[str, tuple[str, str]]:
     """{name: (image member, mask member)} of a zip with the folders images/ and masks/."""
     members: dict[str, dict[str, str]] = {"images": {}, "masks": {}}
-    with _errors_name(path), zipfile.ZipFile(path) as archive:
+    with _naming_errors(path), zipfile.ZipFile(path) as archive:
         for member in archive.namelist():
             # A Windows path understands both kinds of slash, and drives.
             parts = PureWindowsPath(member).parts
@@ -167,13 +168,15 @@ def _pairs(path: Path) -> dict[str, tuple[str, str]]:
         if unpaired := sorted(images.keys() ^ masks.keys()):
             name = unpaired[0]
             present, missing = ("images", "masks") if name in images else ("masks", "images")
-            raise ValueError(f"{present}/{name}.jpg has no {missing}/{name}.jpg")
+            raise ValueError(
+                f"{present}/{name}.jpg has no {missing}/{name}.jpg; download {URL} again"
+            )
     return {name: (images[name], masks[name]) for name in images}
 
 
 def _read(archive: zipfile.ZipFile, member: str) -> tuple[bytes, Image.Image]:
     """The bytes of a JPEG in the zip, and the decoded image."""
-    with _errors_name(f"{archive.filename}: {member}"):
+    with _naming_errors(f"{archive.filename}: {member}"):
         if (size := archive.getinfo(member).file_size) > LIMIT:
             raise ValueError(f"{size} bytes, more than {LIMIT}")
         encoded = archive.read(member)
@@ -185,7 +188,7 @@ def _read(archive: zipfile.ZipFile, member: str) -> tuple[bytes, Image.Image]:
 
 
 @contextlib.contextmanager
-def _errors_name(file: object) -> Iterator[None]:
+def _naming_errors(file: object) -> Iterator[None]:
     """Turn each of the many exceptions of zipfile and Pillow into a ValueError naming the file."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""TFDS' standard test of a dataset; tests/test_kvasir_seg.py has those without TensorFlow."""
+"""TFDS' standard test of a data set; tests/test_kvasir_seg.py has those without TensorFlow."""
 
 import pytest
 

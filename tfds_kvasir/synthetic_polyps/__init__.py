@@ -1,1 +1,1 @@
-"""The synthetic polyps dataset, in the folder layout of TFDS."""
+"""The synthetic polyps data set, in the folder layout of TFDS."""

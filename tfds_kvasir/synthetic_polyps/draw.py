@@ -98,12 +98,15 @@ def tint(rng: np.random.Generator) -> np.ndarray:
 
 
 def noise(rng: np.random.Generator, size: int, grain: float) -> np.ndarray:
-    """Blurred white noise [size, size] of mean 0 and standard deviation 1, drawn as a spectrum."""
+    """Blurred white noise [size, size] of mean 0 and standard deviation 1, drawn as a spectrum.
+
+    `grain` is the sigma of the blur, in units of half the image's side.
+    """
     white = rng.standard_normal((size, size // 2 * 2 + 2)).view(complex)
     smooth = np.fft.irfft2(ndimage.fourier_gaussian(white, grain * size / 2, size), (size, size))
     return (smooth - smooth.mean()) / smooth.std()
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur of an image or mask [H, W]."""
+    """Gaussian blur of a square image or mask [H, W]; `sigma` in units of half its side."""
     return ndimage.gaussian_filter(image.astype(float), sigma * len(image) / 2)
