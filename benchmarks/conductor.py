@@ -17,11 +17,11 @@ PACKAGES = "jax jaxlib flax optax keras tensorflow tensorflow-cpu torch torchvis
 Results = dict[str, dict[str, list[float]]]
 
 
-class Peer:
-    """A worker in a separate process; `peak` is its peak memory so far, in bytes."""
+class Worker:
+    """A worker process; `peak` is its peak memory so far, in bytes."""
 
     def __init__(self, command: list[str]):
-        self.began, self.peak = time.time(), 0.0
+        self.start, self.peak = time.time(), 0.0
         self.process = subprocess.Popen(
             [sys.executable, HERE / command[0], *command[1:]],
             stdin=subprocess.PIPE,
@@ -46,22 +46,22 @@ class Peer:
 
     def first(self, request: str) -> float:
         """Seconds from the start of the process to the end of the work."""
-        return self._answer(request)["clock"] - self.began
+        return self._answer(request)["clock"] - self.start
 
     def end(self) -> None:
         self.process.communicate()
 
 
 def measure(
-    peers: dict[str, Peer], requests: dict[str, str], rounds: int
+    workers: dict[str, Worker], requests: dict[str, str], rounds: int
 ) -> dict[str, list[float]]:
     """{name: seconds in each round}, after a first request that compiles and starts everything."""
     times: dict[str, list[float]] = {name: [] for name in requests}
     for name, request in requests.items():
-        peers[name].ask(request)
+        workers[name].ask(request)
     for i in range(rounds):
         for name in requests if i % 2 == 0 else reversed(requests):
-            times[name].append(peers[name].ask(requests[name]))
+            times[name].append(workers[name].ask(requests[name]))
         print({name: round(seconds[-1], 4) for name, seconds in times.items()}, flush=True)
     return times
 

@@ -11,7 +11,7 @@ import argparse
 import platform
 from pathlib import Path
 
-from conductor import Peer, about, measure, ratio, ratios, save, table
+from conductor import Worker, about, measure, ratio, ratios, save, table
 
 IMAGES = 32
 OURS = "flax_unet"
@@ -43,24 +43,24 @@ def main() -> None:
         return {name: template.format(PEERS[name][1]) for name in names}
 
     results = {}
-    peers = {name: Peer(PEERS[name][0]) for name in names}
+    workers = {name: Worker(PEERS[name][0]) for name in names}
     for task, template in INFERENCE.items():
-        results[task] = measure(peers, requests(template), options.rounds)
-    for peer in peers.values():
-        peer.end()
+        results[task] = measure(workers, requests(template), options.rounds)
+    for worker in workers.values():
+        worker.end()
     starts, memory = {}, {}
     for name in names:  # one after the other, each alone on the machine
-        peers[name] = Peer(PEERS[name][0])
-        starts[name] = [peers[name].first(f"step {PEERS[name][1]} 8 1")]
-        memory[name] = [peers[name].peak / 1e6]
+        workers[name] = Worker(PEERS[name][0])
+        starts[name] = [workers[name].first(f"step {PEERS[name][1]} 8 1")]
+        memory[name] = [workers[name].peak / 1e6]
     results |= {"cold start to the first step": starts, "peak memory after it, MB": memory}
     for task, template in TRAINING.items():
-        results[task] = measure(peers, requests(template), options.rounds)
+        results[task] = measure(workers, requests(template), options.rounds)
     # Is training input-bound? Compare an epoch with steps on a batch in memory, alternating.
     steps = IMAGES // 8
     kinds = {"bare": f"step float32 8 {steps}"}
     kinds |= {kind: f"{kind} float32 8 1" for kind in ("epoch", "augmented")}
-    times = measure(dict.fromkeys(kinds, peers[OURS]), kinds, options.rounds)
+    times = measure(dict.fromkeys(kinds, workers[OURS]), kinds, options.rounds)
     save(options.out, results | {"epochs and bare steps": times})
     print(about(), platform.processor() or platform.machine())
     print("\nseconds, median:\n\n" + table(results))

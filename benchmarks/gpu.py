@@ -1,4 +1,4 @@
-"""Compare flax_unet with PyTorch on this GPU: `python benchmarks/gpu.py --out FILE`; 8 minutes.
+"""Compare flax_unet with PyTorch on this GPU: `python benchmarks/gpu.py --out FILE`.
 
 Needs jax, flax, optax, numpy, scipy, pillow, torch and albumentations, and no network access. The
 network is the tutorial's at 256x256, dropout and Adam included; the frameworks are measured in turn
@@ -15,7 +15,7 @@ from typing import Any
 
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the frameworks share the card
 
-from conductor import Peer, Results, about, measure, save, table  # noqa: E402
+from conductor import Results, Worker, about, measure, save, table  # noqa: E402
 
 IMAGES, EPOCHS = 603, 100  # the tutorial's
 STEPS, ROUNDS = 20, 5
@@ -30,7 +30,7 @@ TASKS = [
 ]
 
 
-def ceilings() -> dict[str, float]:
+def measured_peaks() -> dict[str, float]:
     """Measured peak of this card: TFLOP/s of a large matrix product, TB/s of a large copy."""
     import jax
     import jax.numpy as jnp
@@ -39,11 +39,11 @@ def ceilings() -> dict[str, float]:
         jax.block_until_ready(work(*arrays))
         times = []
         for _ in range(5):
-            began = time.perf_counter()
+            start = time.perf_counter()
             for _ in range(10):
                 result = work(*arrays)
             jax.block_until_ready(result)
-            times.append((time.perf_counter() - began) / 10)
+            times.append((time.perf_counter() - start) / 10)
         return statistics.median(times)
 
     peaks, n = {}, 8192
@@ -60,7 +60,7 @@ def ceilings() -> dict[str, float]:
     return peaks
 
 
-def counted(precision: str) -> dict[str, float]:
+def step_cost(precision: str) -> dict[str, float]:
     """XLA's cost estimate of a step on 32 images: TFLOP, and TB read and written."""
     import jax
     import ours
@@ -68,8 +68,7 @@ def counted(precision: str) -> dict[str, float]:
     from flax_unet import data, losses, train
 
     model = ours.network(precision)
-    create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
-    state = create(model, ours.TX, jax.random.key(0), (1, 256, 256, 3))
+    state = train.create_train_state(model, ours.TX, jax.random.key(0), (1, 256, 256, 3))
     batch = next(data.batches(ours.arrays(32), 32))
     step = train.make_train_step(model, ours.TX, losses.bce)
     cost = step.trace(state, batch, ours.KEY).lower().compile().cost_analysis()
@@ -78,19 +77,19 @@ def counted(precision: str) -> dict[str, float]:
 
 def rates(end: float) -> Results:
     """Images per second in each of TASKS, for as many tasks as start before the time `end`."""
-    peers = {name: Peer(command) for name, command in PEERS.items()}
+    workers = {name: Worker(command) for name, command in PEERS.items()}
     results: Results = {}
     for kind, precision, batch in TASKS:
         if time.time() > end:
             print(f"no time left for {kind} {precision} {batch} and the tasks after it")
             break
         times, images = (STEPS, batch) if kind == "step" else (1, IMAGES)
-        requests = dict.fromkeys(peers, f"{kind} {precision} {batch} {times}")
-        seconds = measure(peers, requests, ROUNDS)
+        requests = dict.fromkeys(workers, f"{kind} {precision} {batch} {times}")
+        seconds = measure(workers, requests, ROUNDS)
         task = f"{kind}, {precision}, batch {batch}"
-        results[task] = {name: [images / s for s in each] for name, each in seconds.items()}
-    for peer in peers.values():
-        peer.end()
+        results[task] = {name: [images / s for s in values] for name, values in seconds.items()}
+    for worker in workers.values():
+        worker.end()
     return results
 
 
@@ -103,20 +102,20 @@ def main() -> None:
     save(options.out, results)
     print(about(), "\n\nimages per second, median:\n\n" + table(results["images per second"]))
 
-    tutorial = Peer(PEERS["flax_unet"])
+    tutorial = Worker(PEERS["flax_unet"])
     results["tutorial, s"] = tutorial.first(f"epoch bfloat16 8 {EPOCHS}")
     print(f"\n{EPOCHS} epochs of {IMAGES} images from a cold start: {results['tutorial, s']:.1f} s")
     tutorial.end()
-    results["peaks"] = peaks = ceilings()
+    results["peaks"] = peaks = measured_peaks()
     print("measured peak:", {name: round(value, 2) for name, value in peaks.items()})
     for precision in ("float32", "tf32", "bfloat16"):
         ours = results["images per second"].get(f"step, {precision}, batch 32")
         if ours is None:
             continue
         seconds = 32 / statistics.median(ours["flax_unet"])
-        results[f"step, {precision}"] = count = counted(precision)
-        compute = count["TFLOP"] / seconds / peaks[f"{precision} TFLOP/s"]
-        memory = count["TB"] / seconds / peaks["TB/s"]
+        results[f"step, {precision}"] = cost = step_cost(precision)
+        compute = cost["TFLOP"] / seconds / peaks[f"{precision} TFLOP/s"]
+        memory = cost["TB"] / seconds / peaks["TB/s"]
         print(f"{precision}, batch 32: {compute:.0%} of peak TFLOP/s, {memory:.0%} of peak TB/s")
     save(options.out, results)
 

@@ -4,19 +4,21 @@
 """
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "golden"))
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
-from make_keras_golden import ARTICLE, article_keras  # noqa: E402
-from worker import pictures, serve  # noqa: E402
+from worker import images, serve  # noqa: E402
 
+GOLDEN = runpy.run_path(
+    str(Path(__file__).parent.parent / "tests" / "golden" / "make_keras_golden.py")
+)
 CHANGES = [
     keras.layers.RandomFlip(),
     keras.layers.RandomRotation(0.5, fill_mode="constant"),
@@ -30,7 +32,7 @@ CHANGES = [
 ]
 
 
-def changed(image, mask):
+def augment_batch(image, mask):
     """Augment a batch of images in [0, 255] and their masks."""
     batch = {"images": tf.cast(image, tf.float32), "segmentation_masks": mask}
     for layer in CHANGES:
@@ -40,16 +42,16 @@ def changed(image, mask):
 
 def main() -> None:
     keras.utils.set_random_seed(0)
-    model = article_keras(ARTICLE)
+    model = GOLDEN["article_keras"](GOLDEN["ARTICLE"])
     assert model.count_params() == 11_707_729
     model.compile(optimizer="adam", loss="binary_crossentropy")
-    image, mask = pictures(int(sys.argv[1]))
+    image, mask = images(int(sys.argv[1]))
     predict = tf.function(lambda x: model(x, training=False))
 
     def dataset(kind: str, batch: int) -> tf.data.Dataset:
         batches = tf.data.Dataset.from_tensor_slices((image, mask)).shuffle(len(image)).batch(batch)
         if kind == "augmented":
-            batches = batches.map(changed, num_parallel_calls=tf.data.AUTOTUNE)
+            batches = batches.map(augment_batch, num_parallel_calls=tf.data.AUTOTUNE)
         return batches.prefetch(tf.data.AUTOTUNE)
 
     def work(kind: str, precision: str, batch: int, times: int) -> None:

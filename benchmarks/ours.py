@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import optax
-from worker import SIZE, pictures, serve
+from worker import SIZE, images, serve
 
 from flax_unet import augment, data, losses, predict, train
 from flax_unet.model import ARTICLE
@@ -21,7 +21,7 @@ EPOCH = count()
 
 @cache
 def arrays(n: int) -> data.Arrays:
-    image, mask = pictures(n)
+    image, mask = images(n)
     return data.to_device(data.Arrays(image, mask, [""] * len(image), ""))
 
 
@@ -31,20 +31,19 @@ def network(precision: str) -> Any:
     return ARTICLE.clone(dtype="bfloat16" if precision == "bfloat16" else "float32")
 
 
-def fresh(precision: str) -> train.TrainState:
-    create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
-    return create(network(precision), TX, jax.random.key(0), (1, SIZE, SIZE, 3))
+def initial_state(precision: str) -> train.TrainState:
+    return train.create_train_state(network(precision), TX, jax.random.key(0), (1, SIZE, SIZE, 3))
 
 
 @cache
 def variables(precision: str) -> Any:
-    return fresh(precision).variables
+    return initial_state(precision).variables
 
 
 @cache
 def trainer(precision: str, augmented: bool) -> Callable[[Iterable[Any]], None]:
     """A function that takes a training step on each batch and waits for the last one."""
-    model, state = network(precision), fresh(precision)
+    model, state = network(precision), initial_state(precision)
     step = train.make_train_step(model, TX, losses.bce, augment=CHANGE if augmented else None)
 
     def run(batches: Iterable[Any]) -> None:
@@ -58,18 +57,18 @@ def trainer(precision: str, augmented: bool) -> Callable[[Iterable[Any]], None]:
 
 
 def work(kind: str, precision: str, batch: int, times: int) -> None:
-    model, held = network(precision), arrays(int(sys.argv[1]))
+    model, dataset = network(precision), arrays(int(sys.argv[1]))
     if kind == "step":
-        first = jax.device_put(next(data.batches(held, batch)))
+        first = jax.device_put(next(data.batches(dataset, batch)))
         trainer(precision, False)(repeat(first, times))
     elif kind == "infer":
-        image = held.image[:batch]
+        image = dataset.image[:batch]
         answers = [predict.predict_proba(model, variables(precision), image) for _ in range(times)]
         jax.block_until_ready(answers)
     else:
         for _ in range(times):
-            order = data.shuffled(len(held.image), 0, next(EPOCH))
-            trainer(precision, kind == "augmented")(data.batches(held, batch, order))
+            order = data.shuffled(len(dataset.image), 0, next(EPOCH))
+            trainer(precision, kind == "augmented")(data.batches(dataset, batch, order))
 
 
 def peak() -> int:

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from conductor import ratio
 from PIL import Image
-from worker import pictures
+from worker import images
 
 PICTURES, SIDE, SIZE, ROUNDS = 200, 600, 256, 7
 
 
-def compiled(size: int, batch: int) -> tuple[Callable[[], object], float]:
+def compile_step(size: int, batch: int) -> tuple[Callable[[], object], float]:
     """A function that takes a training step of the tutorial's network, and its compile time."""
     import jax
     import optax
@@ -33,13 +33,12 @@ def compiled(size: int, batch: int) -> tuple[Callable[[], object], float]:
     from flax_unet.model import ARTICLE
 
     tx, key = optax.adam(1e-3), jax.random.key(0)
-    create = jax.jit(train.create_train_state, static_argnums=(0, 1, 3))
-    state = create(ARTICLE, tx, key, (1, size, size, 3))
-    image, mask = pictures(batch, size)
+    state = train.create_train_state(ARTICLE, tx, key, (1, size, size, 3))
+    image, mask = images(batch, size)
     arrays = {"image": image, "mask": mask, "weight": np.ones(batch, np.float32)}
-    began = time.perf_counter()
+    start = time.perf_counter()
     step = train.make_train_step(ARTICLE, tx, losses.bce).lower(state, arrays, key).compile()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
 
     def take() -> None:
         nonlocal state
@@ -50,12 +49,12 @@ def compiled(size: int, batch: int) -> tuple[Callable[[], object], float]:
 
 
 def compile_seconds() -> float:
-    return compiled(256, 8)[1]
+    return compile_step(256, 8)[1]
 
 
-def gigabytes() -> float:
+def peak_gib() -> float:
     """Peak memory of this process after three steps, in GiB."""
-    take, _ = compiled(1024, 1)
+    take, _ = compile_step(1024, 1)
     for _ in range(3):
         take()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -74,18 +73,18 @@ def child(function: Callable[[], float], cache: str = "") -> float:
     )
 
 
-def encoded() -> list[dict[str, Any]]:
-    """Synthetic images as JPEG and their masks as PNG."""
+def make_source() -> list[dict[str, Any]]:
+    """Synthetic pictures: images as JPEG and their masks as PNG."""
 
     def encode(array: Any, kind: str) -> bytes:
         stream = io.BytesIO()
         Image.fromarray(array).save(stream, kind)
         return stream.getvalue()
 
-    images, masks = pictures(PICTURES, SIDE)
+    pairs = zip(*images(PICTURES, SIDE), strict=True)
     return [
         {"name": str(i), "image": encode(image, "jpeg"), "mask": encode(255 * mask[..., 0], "png")}
-        for i, (image, mask) in enumerate(zip(images, masks, strict=True))
+        for i, (image, mask) in enumerate(pairs)
     ]
 
 
@@ -95,7 +94,7 @@ def ours(source: Sequence[dict[str, Any]]) -> None:
     data.load(source, SIZE)
 
 
-def torchs(source: Sequence[dict[str, Any]]) -> None:
+def pytorch_loader(source: Sequence[dict[str, Any]]) -> None:
     from torch.utils.data import DataLoader, Dataset
 
     class Pairs(Dataset):
@@ -116,9 +115,9 @@ def torchs(source: Sequence[dict[str, Any]]) -> None:
 
 
 def rate(load: Callable[[Sequence[dict[str, Any]]], None], source: list[dict[str, Any]]) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     load(source)
-    return len(source) / (time.perf_counter() - began)
+    return len(source) / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -130,15 +129,15 @@ def main() -> None:
             cached.append(child(compile_seconds, folder))
     print(f"compile, s: cold {statistics.median(cold):.1f} ({min(cold):.1f} to {max(cold):.1f})")
     print(f"from the cache: {statistics.median(cached):.1f} ({min(cached):.1f}-{max(cached):.1f})")
-    source = encoded()
-    rates = {load: [] for load in (ours, torchs)}
+    source = make_source()
+    rates = {load: [] for load in (ours, pytorch_loader)}
     for i in range(ROUNDS):
-        for load in (ours, torchs) if i % 2 == 0 else (torchs, ours):
+        for load in (ours, pytorch_loader) if i % 2 == 0 else (pytorch_loader, ours):
             rates[load].append(rate(load, source))
     for load, values in rates.items():
         print(f"{load.__name__}: {statistics.median(values):.0f} pictures per second")
-    print(f"ours / torchs: {ratio(rates[ours], rates[torchs])}")
-    print(f"memory at 1024x1024, batch 1: {child(gigabytes):.2f} GiB")
+    print(f"ours / pytorch_loader: {ratio(rates[ours], rates[pytorch_loader])}")
+    print(f"memory at 1024x1024, batch 1: {child(peak_gib):.2f} GiB")
 
 
 if __name__ == "__main__":

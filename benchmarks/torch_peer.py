@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from worker import pictures, serve
+from worker import images, serve
 
 FEATURES = (16, 32, 64, 128, 256, 512)
 DROPOUT = (0.1, 0.1, 0.2, 0.2, 0.3, 0.3)
@@ -89,7 +89,7 @@ class Augmented(Dataset):
         return [np.moveaxis(pair[key], -1, 0) for key in ("image", "mask")]
 
 
-def precise(precision: str):
+def autocast_context(precision: str):
     """A context in which computations have this precision."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if precision == "bfloat16":
@@ -97,29 +97,29 @@ def precise(precision: str):
     return contextlib.nullcontext()
 
 
-def ready(image: torch.Tensor) -> torch.Tensor:
+def to_input(image: torch.Tensor) -> torch.Tensor:
     """Convert uint8 [B, 3, H, W] to float on the device, channels last in memory."""
     image = image.to(DEVICE, non_blocking=True).float() / 255
     return image.contiguous(memory_format=torch.channels_last)
 
 
-class Peer:
+class Workload:
     """Network, optimizer and images; `work` performs a request, see worker.py."""
 
-    def __init__(self, mode: str, images: int):
+    def __init__(self, mode: str, n: int):
         self.model = UNet().to(DEVICE, memory_format=torch.channels_last)
         assert sum(p.numel() for p in self.model.parameters()) == 11_707_729
         self.tx = torch.optim.Adam(self.model.parameters(), lr=1e-3, eps=1e-7, fused=True)
         self.forward = torch.compile(self.model) if mode == "compile" else self.model
-        self.arrays = pictures(images)
+        self.arrays = images(n)
         self.resident = [torch.from_numpy(x).permute(0, 3, 1, 2).to(DEVICE) for x in self.arrays]
         self.loaders: dict[int, DataLoader] = {}
 
     def step(self, image: torch.Tensor, mask: torch.Tensor, precision: str) -> None:
         self.model.train()
         self.tx.zero_grad(set_to_none=True)
-        with precise(precision):
-            logits = self.forward(ready(image))
+        with autocast_context(precision):
+            logits = self.forward(to_input(image))
         labels = mask.to(DEVICE, non_blocking=True).float()
         loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels)
         loss.backward()
@@ -127,8 +127,8 @@ class Peer:
 
     def infer(self, image: torch.Tensor, precision: str) -> None:
         self.model.eval()
-        with torch.inference_mode(), precise(precision):
-            self.forward(ready(image)).sigmoid()
+        with torch.inference_mode(), autocast_context(precision):
+            self.forward(to_input(image)).sigmoid()
 
     def loader(self, batch: int) -> DataLoader:
         if batch not in self.loaders:
@@ -162,5 +162,5 @@ class Peer:
 if __name__ == "__main__":
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
-    peer = Peer(sys.argv[1], int(sys.argv[2]))
-    serve(peer.work, torch.cuda.max_memory_allocated if DEVICE == "cuda" else None)
+    workload = Workload(sys.argv[1], int(sys.argv[2]))
+    serve(workload.work, torch.cuda.max_memory_allocated if DEVICE == "cuda" else None)

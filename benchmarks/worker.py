@@ -22,7 +22,7 @@ import numpy as np
 SIZE = 256
 
 
-def pictures(n: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
+def images(n: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
     """Discs on checkered ground, uint8 [n, size, size, 3]; masks of 0 and 1 [n, size, size, 1]."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 156, (n, size // 8, size // 8, 3), np.uint8)
@@ -45,9 +45,9 @@ def serve(
     """
     for line in sys.stdin:
         kind, precision, batch, times = line.split()
-        began = time.perf_counter()
+        start = time.perf_counter()
         work(kind, precision, int(batch), int(times))
-        seconds = (time.perf_counter() - began) / int(times)
-        most = peak() if peak else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        answer = {"seconds": seconds, "peak_bytes": most, "clock": time.time()}
+        seconds = (time.perf_counter() - start) / int(times)
+        peak_bytes = peak() if peak else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        answer = {"seconds": seconds, "peak_bytes": peak_bytes, "clock": time.time()}
         print(json.dumps(answer), flush=True)

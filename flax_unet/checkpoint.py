@@ -120,8 +120,10 @@ def restore_variables(
     if (checkpoints.directory / str(step) / "variables").exists():
         target = ocp.args.StandardRestore(_on_first_device(abstract))
         return _restore(checkpoints, step, variables=target)["variables"], step
-    # Written by version 0.1.0, which saved only the state.
-    state = _restore(checkpoints, step, state=ocp.args.StandardRestore())["state"]
+    # Written by version 0.1.0, which saved only the state; perhaps on a device that is not here.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = ocp.args.StandardRestore(fallback_sharding=here)
+    state = _restore(checkpoints, step, state=target)["state"]
     variables = {"params": _average(state["opt_state"]) or state["params"], **state["model_state"]}
     if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, abstract):
         raise CheckpointError(f"{checkpoints.directory / str(step)} does not fit the model")

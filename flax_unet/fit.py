@@ -72,7 +72,8 @@ def fit(
         batch_size: images per batch, as in `batches`.
         records: the ones of the unfinished `Epoch` that `state` comes from.
         on_step: called with the number of images and the record of each step.
-        stop: called after each step; if true, the epoch is yielded as it is, as the last one.
+        stop: called after each step and each epoch; if true, the epoch is yielded as it is, as the
+            last one.
         augment, accumulate, remat, mesh: see `train.make_train_step`.
 
     Yields:
@@ -99,7 +100,7 @@ def fit(
             on_step(int(weight.sum()), rows[-1])
 
     for epoch in range(step // steps_per_epoch, epochs):
-        done, started = len(rows) * batch_size, time.perf_counter()
+        done, stopped, started = len(rows) * batch_size, False, time.perf_counter()
         # The metrics of a step are fetched while the device runs the next one.
         pending: list[tuple[int, dict[str, Any], np.ndarray]] = []
         for batch in batches(data.shuffled(n, seed, epoch)[done:]):
@@ -108,12 +109,12 @@ def fit(
             pending.append((step, result, np.asarray(batch["weight"])))
             if len(pending) > 1:
                 fetch(*pending.pop(0))
-            if stop():
+            if stopped := bool(stop()):
                 break
         for entry in pending:
             fetch(*entry)
         complete = len(rows) == steps_per_epoch
-        if not complete and not stop():
+        if not complete and not stopped:
             raise ValueError(
                 f"{n} images are {steps_per_epoch} batches of {batch_size}, but `batches` made "
                 f"{len(rows)}: use the same batch_size for both"
@@ -121,7 +122,7 @@ def fit(
         summary = _summary(rows) if complete else None
         seconds = time.perf_counter() - started
         yield Epoch(epoch + 1, state, rows, summary, seconds, min(n, len(rows) * batch_size) - done)
-        if not complete or stop():
+        if stopped or stop():
             return
         rows = []
 

@@ -1,6 +1,9 @@
+import shutil
 from functools import partial
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -8,7 +11,8 @@ import pytest
 from flax_unet import checkpoint, losses, train
 from flax_unet.model import UNet
 
-MODEL, TX = UNet(features=(4, 8), group_size=2), optax.adam(1e-2)
+MODEL, TX = UNet(features=(4, 8), norm=2), optax.adam(1e-2)
+OLD_RUN = Path(__file__).parent / "golden" / "run-0.1.0" / "workdir"
 create = partial(train.create_train_state, MODEL, TX, image_shape=(1, 8, 8, 3))
 
 
@@ -17,8 +21,8 @@ def abstract():
 
 
 def state_at(step):
-    """A state with known numbers: every entry is the step."""
-    return jax.tree.map(lambda leaf: jax.numpy.full(leaf.shape, step, leaf.dtype), abstract())
+    """A state in which every entry is the step."""
+    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, step, leaf.dtype), abstract())
 
 
 def value(state):
@@ -27,7 +31,19 @@ def value(state):
     return int(values[0])
 
 
-def test_the_newest_and_the_best_are_kept_and_no_others(tmp_path):
+def abstract_variables(model):
+    """What a reader knows who has only the model."""
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        np.testing.assert_array_equal(x, y)
+        assert x.dtype == y.dtype
+
+
+def test_only_the_latest_and_the_best_checkpoint_are_kept(tmp_path):
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
         for step, dice in [(1, 0.2), (2, 0.9), (3, 0.4), (4, 0.5)]:
             checkpoint.save(checkpoints, state_at(step), {"at": step}, dice=dice)
@@ -37,9 +53,13 @@ def test_the_newest_and_the_best_are_kept_and_no_others(tmp_path):
         for which, step in (("latest", 5), ("best", 2)):
             state, progress = checkpoint.restore(checkpoints, abstract(), which)
             assert (value(state), progress) == (step, {"at": step})
+            variables, at = checkpoint.restore_variables(
+                checkpoints, abstract_variables(MODEL), which
+            )
+            assert (value(variables), at) == (step, step)
 
 
-def test_a_run_goes_on_after_a_checkpoint_in_the_middle(tmp_path):
+def test_a_run_can_be_resumed_from_a_checkpoint_in_the_middle_of_an_epoch(tmp_path):
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
         checkpoint.save(checkpoints, state_at(1), {}, dice=0.1)
         checkpoint.save(checkpoints, state_at(2), {})
@@ -51,7 +71,7 @@ def test_a_run_goes_on_after_a_checkpoint_in_the_middle(tmp_path):
         assert checkpoints.best_step() == checkpoints.latest_step() == 3
 
 
-def test_what_is_saved_is_not_what_donated_steps_write_over_it(tmp_path):
+def test_a_saved_state_is_not_overwritten_by_later_steps(tmp_path):
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.random((2, 8, 8, 3), np.float32),
@@ -59,19 +79,21 @@ def test_what_is_saved_is_not_what_donated_steps_write_over_it(tmp_path):
         "weight": np.ones(2, np.float32),
     }
     step = train.make_train_step(MODEL, TX, losses.bce)
-    state, _ = step(jax.jit(create)(jax.random.key(0)), batch, jax.random.key(1))
+    state, _ = step(create(key=jax.random.key(0)), batch, jax.random.key(1))
     saved = jax.tree.map(np.array, state)  # copies
+    variables = jax.tree.map(np.array, state.variables)
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
         checkpoint.save(checkpoints, state, {})
         for _ in range(20):
             state, _ = step(state, batch, jax.random.key(1))
         checkpoints.wait_until_finished()
         restored, _ = checkpoint.restore(checkpoints, abstract())
-    for a, b in zip(*map(jax.tree.leaves, (saved, restored)), strict=True):
-        np.testing.assert_array_equal(a, b)
+        read, _ = checkpoint.restore_variables(checkpoints, abstract_variables(MODEL))
+    assert_equal(restored, saved)
+    assert_equal(read, variables)
 
 
-def test_what_a_killed_save_left_is_passed_over_and_foreign_files_are_kept(tmp_path):
+def test_leftovers_of_a_killed_save_are_ignored_and_other_files_stay(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
         checkpoint.save(checkpoints, state_at(1), {}, dice=0.1)
@@ -85,10 +107,12 @@ def test_what_a_killed_save_left_is_passed_over_and_foreign_files_are_kept(tmp_p
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_no_checkpoint_is_an_error_that_names_the_place(tmp_path):
+def test_a_missing_checkpoint_is_an_error_that_names_the_folder(tmp_path):
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
         with pytest.raises(checkpoint.CheckpointError, match=f"{tmp_path} holds no best"):
             checkpoint.restore(checkpoints, abstract(), "best")
+        with pytest.raises(checkpoint.CheckpointError, match=f"{tmp_path} holds no latest"):
+            checkpoint.restore_variables(checkpoints, abstract_variables(MODEL))
 
 
 def test_another_network_is_refused(tmp_path):
@@ -99,14 +123,103 @@ def test_another_network_is_refused(tmp_path):
         other = partial(train.create_train_state, wider, TX, image_shape=(1, 8, 8, 3))
         with pytest.raises(checkpoint.CheckpointError, match="1 cannot be restored.*another model"):
             checkpoint.restore(checkpoints, jax.eval_shape(other, jax.random.key(0)))
+        with pytest.raises(checkpoint.CheckpointError, match="1 cannot be restored.*another model"):
+            checkpoint.restore_variables(checkpoints, abstract_variables(wider))
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+@pytest.mark.parametrize("norm", [2, "batch"])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_variables_are_read_without_the_optimizer(tmp_path, norm, averaged):
+    model = MODEL.clone(norm=norm)
+    tx = optax.chain(TX, train.average_params(0.9)) if averaged else TX
+    state = train.create_train_state(model, tx, jax.random.key(0), (1, 8, 8, 3))
+    rng = np.random.default_rng(0)  # every array differs from every other, also the average
+    state = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), state)
+    state = state.replace(step=jnp.int32(3))
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        checkpoint.save(checkpoints, state, {}, dice=0.5)
+    with checkpoint.open_checkpoints(tmp_path, read_only=True) as checkpoints:
+        variables, step = checkpoint.restore_variables(checkpoints, abstract_variables(model))
+    assert step == 3
+    assert_equal(variables, state.variables)
+    devices = {device for leaf in jax.tree.leaves(variables) for device in leaf.devices()}
+    assert devices == {jax.devices()[0]}
+
+
+def old_layout(folder, state):
+    """Save a state as version 0.1.0 did: without the item `variables`."""
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        checkpoint.save(checkpoints, state, {"records": []}, dice=0.5)
+    shutil.rmtree(folder / str(int(state.step)) / "variables")
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        TX,
+        optax.chain(TX, train.average_params(0.9)),
+        optax.chain(
+            optax.masked(
+                optax.adam(1.0), lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
+            ),
+            optax.inject_hyperparams(optax.sgd)(0.1, momentum=0.9),
+            train.average_params(0.9),
+        ),
+    ],
+    ids=["plain", "averaged", "nested"],
+)
+def test_variables_are_read_from_a_checkpoint_of_the_old_layout(tmp_path, tx):
+    state = train.create_train_state(MODEL.clone(norm="batch"), tx, jax.random.key(0), (1, 8, 8, 3))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), state)
+    state = state.replace(step=jnp.int32(3))
+    old_layout(tmp_path, state)
+    model = MODEL.clone(norm="batch")
+    with checkpoint.open_checkpoints(tmp_path, read_only=True) as checkpoints:
+        variables, step = checkpoint.restore_variables(checkpoints, abstract_variables(model))
+        assert step == 3
+        assert_equal(variables, state.variables)
+        for other in (model.clone(features=(4, 6)), model.clone(norm=None)):
+            with pytest.raises(checkpoint.CheckpointError, match="does not fit the model"):
+                checkpoint.restore_variables(checkpoints, abstract_variables(other))
+
+
+def test_variables_are_read_from_a_checkpoint_of_another_machine(tmp_path):
+    """Version 0.1.0 recorded the device of each array, which may be a GPU that is not here."""
+    shutil.copytree(OLD_RUN / "checkpoints", tmp_path / "checkpoints")
+    file = tmp_path / "checkpoints" / "4" / "state" / "_sharding"
+    text = file.read_text()
+    assert "cpu:0" in text
+    file.write_text(text.replace("cpu:0", "cuda:0"))
+    model = UNet((4, 8), convs=2, norm="batch", residual=True, patch=2, deep=True)
+    with checkpoint.open_checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        variables, step = checkpoint.restore_variables(checkpoints, abstract_variables(model))
+    assert step == 4
+    with checkpoint.open_checkpoints(OLD_RUN / "checkpoints", read_only=True) as checkpoints:
+        expected, _ = checkpoint.restore_variables(checkpoints, abstract_variables(model))
+    assert_equal(variables, expected)
+
+
+def test_a_folder_has_a_checkpoint_once_one_is_complete(tmp_path):
+    assert not checkpoint.exists(tmp_path / "nothing")
+    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    assert not checkpoint.exists(tmp_path)
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        assert not checkpoint.exists(tmp_path)
+        checkpoint.save(checkpoints, state_at(1), {})
+    assert checkpoint.exists(tmp_path)
+
+
+@pytest.mark.parametrize("item", ["state", "variables"])
+def test_a_damaged_checkpoint_is_named(tmp_path, item):
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
         checkpoint.save(checkpoints, state_at(1), {}, dice=0.1)
-    for file in (tmp_path / "1" / "state").rglob("*"):
+    for file in (tmp_path / "1" / item).rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-10])
     with checkpoint.open_checkpoints(tmp_path, read_only=True) as checkpoints:
         with pytest.raises(checkpoint.CheckpointError, match="1 cannot be restored, it is damaged"):
-            checkpoint.restore(checkpoints, abstract())
+            if item == "state":
+                checkpoint.restore(checkpoints, abstract())
+            else:
+                checkpoint.restore_variables(checkpoints, abstract_variables(MODEL))

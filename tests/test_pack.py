@@ -1,5 +1,7 @@
 import json
+from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,9 @@ from flax_unet import pack
 from flax_unet.efficientnet import Encoder
 from flax_unet.model import ARTICLE, UNet
 
-SMALL = UNet(features=(4, 8), batch_norm=True, patch=2)
+SMALL = UNet(features=(4, 8), norm="batch", patch=2)
+BFLOAT16, FLOAT32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
+MODELS = Path(__file__).parent.parent / "models"
 
 
 def packed(model=SMALL):
@@ -23,59 +27,149 @@ def packed(model=SMALL):
     "model",
     [
         ARTICLE,
-        SMALL.clone(dtype=jnp.dtype("bfloat16"), num_classes=3, remat=True),
-        UNet((4, 4, 4, 4), patch=2, encoder=Encoder("lite2", dtype=jnp.dtype("bfloat16"))),
+        UNet((4, 8), norm=4),
+        UNet((4, 8)),
+        SMALL.clone(dtype=BFLOAT16, num_classes=3, remat=True),
+        UNet((4, 4, 4, 4), norm="batch", encoder=Encoder("lite0")),
+        UNet((4, 4, 4, 4), deep=True, encoder=Encoder("lite2", dtype=BFLOAT16)),
+        UNet((4, 4, 4, 4), dtype=BFLOAT16, encoder=Encoder("lite2")),
     ],
 )
-def test_a_network_is_built_as_it_was_described(model):
-    described = json.loads(json.dumps(pack.describe(model)))
+def test_build_restores_what_describe_described(model):
+    description = json.loads(json.dumps(pack.describe(model)))
     expected = model.clone(remat=False, dtype=jnp.dtype(model.dtype))
     if model.encoder is not None:
-        expected = expected.clone(
-            dtype=jnp.dtype("float32"), encoder=Encoder("lite2", dtype=jnp.dtype("float32"))
-        )
-    assert pack.build(described) == expected
+        encoder = Encoder(model.encoder.variant, dtype=jnp.dtype(model.encoder.dtype))
+        expected = expected.clone(encoder=encoder)
+    built = pack.build(description)
+    assert built == expected and hash(built) == hash(expected)
 
 
-def test_an_attribute_that_is_not_described_has_its_default():
-    assert pack.build({"features": [4, 8]}) == UNet((4, 8), dtype=jnp.dtype("float32"))
+def test_a_missing_attribute_has_its_default():
+    assert pack.build({"features": [4, 8]}) == UNet((4, 8), dtype=FLOAT32)
 
 
-def test_a_model_is_loaded_as_it_was_saved_but_for_the_rounding_of_its_kernels(tmp_path):
-    given = packed()
-    pack.save(tmp_path / "new" / "model", given)
-    found = pack.load(tmp_path / "new" / "model")
-    assert found.model == given.model.clone(dtype=jnp.dtype("float32"))
-    assert (found.image_size, found.about) == (64, {"from": "here"})
-    assert jax.tree.structure(found.variables) == jax.tree.structure(given.variables)
-    for a, b in zip(*map(jax.tree.leaves, (found.variables, given.variables)), strict=True):
+@pytest.mark.parametrize(
+    ("old", "norm"),
+    [
+        ({"batch_norm": True, "group_size": None}, "batch"),
+        ({"batch_norm": True, "group_size": 1}, "batch"),
+        ({"batch_norm": False, "group_size": 1}, "instance"),
+        ({"batch_norm": False, "group_size": 4}, 4),
+        ({"batch_norm": False, "group_size": None}, None),
+        ({"group_size": None}, None),  # before version 0.1.0 had batch norm
+        ({"group_size": 8}, 8),
+    ],
+)
+def test_the_two_attributes_of_version_0_1_0_become_one_norm(old, norm):
+    assert pack.build({"features": [8, 8], **old}).norm == norm
+
+
+def test_the_encoder_of_version_0_1_0_has_the_networks_dtype():
+    old = {"features": [4] * 4, "patch": 2, "dtype": "bfloat16", "encoder": "lite2"}
+    model = pack.build(old | {"batch_norm": True, "group_size": None})
+    assert model.encoder == Encoder("lite2", dtype=BFLOAT16)
+    assert (model.dtype, model.norm, model.stride) == (BFLOAT16, "batch", 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "encoder"),
+    [
+        ("strong", (24, 48, 96, 192, 384), None),
+        ("pretrained", (24, 48, 96, 128), "lite0"),
+    ],
+)
+def test_the_models_exported_by_version_0_1_0_are_loaded(name, features, encoder):
+    description = json.loads((MODELS / name / "model.json").read_text())["model"]
+    assert "batch_norm" in description  # the old form
+    model, variables, size, about = pack.load(MODELS / name)
+    assert (model.norm, model.features, model.residual, model.deep) == (
+        "batch",
+        features,
+        True,
+        True,
+    )
+    assert model.encoder == (encoder and Encoder(encoder, dtype=FLOAT32))
+    assert model.stride == 32 and size % 32 == 0 and about["training"]["loss"] == "bce_soft_dice"
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
+    again = pack.build(json.loads(json.dumps(pack.describe(model))))
+    assert again == model
+
+
+class Foreign(nn.Module):
+    """Someone else's encoder."""
+
+    patch = 2
+    levels = 1
+
+    @nn.compact
+    def __call__(self, image):
+        x = nn.Conv(4, (2, 2), strides=2)(image)
+        return [x, nn.Conv(4, (2, 2), strides=2)(x)]
+
+
+class Variant(UNet):
+    """A subclass, which may compute something else."""
+
+
+class Fast(Encoder):
+    """A subclass of the encoder."""
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (UNet((4,), norm=None, encoder=Foreign()), "Foreign cannot be described, only Encoder can"),
+        (UNet((4,) * 4, encoder=Fast("lite0")), "Fast cannot be described, only Encoder can"),
+        (Variant((4, 8)), "Variant cannot be described, only UNet can"),
+        (nn.Dense(3), "Dense cannot be described, only UNet can"),
+    ],
+)
+def test_a_network_that_could_not_be_built_again_is_refused_by_name(tmp_path, model, words):
+    with pytest.raises(ValueError, match=words):
+        pack.describe(model)
+    with pytest.raises(ValueError, match=words):
+        pack.save(tmp_path / "model", pack.Packed(model, {"params": {}}, 64, {}))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_is_loaded_as_it_was_saved_up_to_the_rounding_of_its_kernels(tmp_path):
+    saved = packed()
+    pack.save(tmp_path / "new" / "model", saved)
+    loaded = pack.load(tmp_path / "new" / "model")
+    assert loaded.model == saved.model.clone(dtype=FLOAT32)
+    assert (loaded.image_size, loaded.about) == (64, {"from": "here"})
+    assert jax.tree.structure(loaded.variables) == jax.tree.structure(saved.variables)
+    pairs = list(zip(*map(jax.tree.leaves, (loaded.variables, saved.variables)), strict=True))
+    for a, b in pairs:
         assert a.dtype == np.float32
         if b.ndim > 1:  # 11 bits
             np.testing.assert_allclose(a, b, rtol=2**-11, atol=2**-25)
         else:
             np.testing.assert_array_equal(a, b)
-    assert any(
-        (a != b).any()
-        for a, b in zip(*map(jax.tree.leaves, (found.variables, given.variables)), strict=True)
-    )
-    numbers = sum(x.size for x in jax.tree.leaves(given.variables))
-    few = sum(x.size for x in jax.tree.leaves(given.variables) if x.ndim == 1)
-    names = 600 * len(jax.tree.leaves(given.variables))  # headers of the arrays, and the zip's
-    assert (tmp_path / "new/model/weights.npz").stat().st_size < 2 * numbers + 2 * few + names
+    assert any((a != b).any() for a, b in pairs)
+    numbers = sum(x.size for _, x in pairs)
+    float32 = sum(x.size for _, x in pairs if x.ndim == 1)
+    headers = 600 * len(pairs)  # of the arrays, and the zip's
+    size = (tmp_path / "new/model/weights.npz").stat().st_size
+    assert size < 2 * numbers + 2 * float32 + headers
 
 
-def test_a_model_is_not_written_over_nor_with_what_is_not_finite(tmp_path):
-    given = packed()
-    pack.save(tmp_path / "a", given)
+def test_a_model_is_never_overwritten_and_never_has_infinite_weights(tmp_path):
+    saved = packed()
+    pack.save(tmp_path / "a", saved)
     with pytest.raises(FileExistsError, match="choose another folder"):
-        pack.save(tmp_path / "a", given)
-    given.variables["params"]["head"]["kernel"] = np.full((2, 2, 4, 1), 1e6, np.float32)
-    with pytest.raises(ValueError, match="params/head/kernel has values that are not finite"):
-        pack.save(tmp_path / "b", given)
+        pack.save(tmp_path / "a", saved)
+    saved.variables["params"]["head"]["kernel"] = np.full((2, 2, 4, 1), 1e6, np.float32)
+    with pytest.raises(
+        ValueError, match="params/head/kernel has NaN, infinity or values beyond float16"
+    ):
+        pack.save(tmp_path / "b", saved)
     assert not (tmp_path / "b").exists()
 
 
-def test_a_model_that_cannot_be_read_is_named(tmp_path):
+def test_a_folder_without_a_readable_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="model.json is missing"):
         pack.load(tmp_path)
     pack.save(tmp_path, packed())
@@ -85,5 +179,5 @@ def test_a_model_that_cannot_be_read_is_named(tmp_path):
         pack.load(tmp_path)
     (tmp_path / "weights.npz").write_bytes(weights)
     (tmp_path / "model.json").write_text(text.replace('"deep"', '"depth"'))
-    with pytest.raises(ValueError, match="no network has depth"):
+    with pytest.raises(ValueError, match="a UNet has no depth"):
         pack.load(tmp_path)

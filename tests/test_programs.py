@@ -1,38 +1,52 @@
-"""The three programs, run as a user runs them, on a small drawn data set."""
+"""The programs, run as a user runs them, on a small drawn data set."""
 
+import dataclasses
 import json
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
+import warnings
+from collections import Counter
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
-import ablate
-import data_efficiency
-import evaluate
-import export
 import jax
 import numpy as np
-import predict
 import pytest
-import recipes
-import train
 from PIL import Image
-from recipes import restore_run
 
-from flax_unet import checkpoint
+from flax_unet import checkpoint, data, fit, runs
+from flax_unet.model import UNet
+from flax_unet.recipes import RECIPES, Adam, AdamW, Recipe
+from flax_unet_cli import (
+    __main__,
+    ablate,
+    data_efficiency,
+    evaluate,
+    export,
+    predict,
+    program,
+    sources,
+    study,
+    train,
+)
 
-PROGRAMS = Path(__file__).parent.parent / "experiments"
+ROOT = Path(__file__).parent.parent
+PROGRAMS = ROOT / "experiments"
 EPOCHS = 16
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Sixty pictures of a disc on a noisy ground."""
+    """Sixty pictures of a disc on noise."""
     root = tmp_path_factory.mktemp("discs")
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:32, :32]
@@ -47,7 +61,8 @@ def folders(tmp_path_factory):
     return root
 
 
-def arguments(folders, workdir, **changes):
+def arguments(folders, workdir, features="8 16", **changes):
+    """Flags of train, and of the studies."""
     settings = {
         "workdir": workdir,
         "dataset": "folder",
@@ -57,11 +72,11 @@ def arguments(folders, workdir, **changes):
         "epochs": EPOCHS,
     } | {key.replace("_", "-"): value for key, value in changes.items()}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    return [*words, "--features", "8", "16"]
+    return [*words, "--features", *features.split()]
 
 
 def environment(folders):
-    # A restarted program finds what the first one compiled.
+    # So that a restarted program finds what the first one compiled.
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folders / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -83,48 +98,92 @@ def finish(process, code=0):
 
 
 def lines(workdir):
-    """metrics.jsonl without what a clock wrote."""
-    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in x.items() if "second" not in k} for x in found]
+    """metrics.jsonl without times."""
+    content = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in content]
 
 
 def parameters(workdir):
-    run = restore_run(workdir, "latest")
-    return run.step, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(run.variables)]
+    trained = runs.load_model(workdir, "latest")
+    return trained.step, [np.asarray(x).tobytes() for x in jax.tree.leaves(trained.variables)]
+
+
+def snapshot(folder):
+    """Every file below a folder with its content, and every folder."""
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(folders, tmp_path_factory):
-    """A run that nothing interrupted, and how long its start and the rest took."""
+    """A run that nothing interrupted, and the seconds that its start and the rest took."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     finish(start(folders, tmp_path_factory.mktemp("warm-up"), epochs=1))
     began = time.monotonic()
     process = start(folders, workdir)
-    wait_until(lambda: written(workdir), process)
+    wait_until(lambda: epochs_written(workdir), process)
     first = time.monotonic() - began
     finish(process)
     return workdir, first, time.monotonic() - began - first
 
 
+@pytest.fixture(scope="module")
+def one_epoch(folders, tmp_path_factory):
+    """A run of one epoch, trained in this process."""
+    workdir = tmp_path_factory.mktemp("one-epoch") / "run"
+    assert train.main(arguments(folders, workdir, epochs=1)) == 0
+    return workdir
+
+
+@pytest.fixture
+def short(one_epoch, tmp_path):
+    """A copy of a run of one epoch."""
+    return Path(shutil.copytree(one_epoch, tmp_path / "run"))
+
+
+@pytest.fixture
+def before_each_step(monkeypatch):
+    """Have a function called with the number of each training step, before it."""
+    make = fit.make_train_step
+
+    def call(function):
+        def make_observed(*args, **options):
+            step = make(*args, **options)
+
+            def observed(state, batch, key):
+                function(int(state.step))
+                return step(state, batch, key)
+
+            return observed
+
+        monkeypatch.setattr(fit, "make_train_step", make_observed)
+
+    return call
+
+
+# Training
+
+
 def test_a_run_explains_itself(undisturbed):
     workdir, *_ = undisturbed
-    kept = {path.name for path in workdir.iterdir()}
-    assert kept >= {"config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png"}
+    names = {path.name for path in workdir.iterdir()}
+    assert names >= {"config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png"}
     assert list((workdir / "tensorboard").glob("events.*"))
     config = json.loads((workdir / "config.json").read_text())
-    assert config["config"]["features"] == [8, 16] and config["config"]["recipe"] == "unet"
+    parts = {"settings", "model", "training", "data", "places", "device", "versions"}
+    assert config.keys() == parts
+    assert config["settings"]["features"] == [8, 16] and config["settings"]["recipe"] == "unet"
     assert set(config["data"]) == {"train", "validation", "test"} and "jax" in config["versions"]
     history = lines(workdir)
     assert [line["epoch"] for line in history] == list(range(1, EPOCHS + 1))
-    article = {"loss", "accuracy", "iou_coef"}
+    tutorial = {"loss", "accuracy", "iou_coef"}
     ours = {"dice_per_image", "iou_per_image"}
-    assert set(history[0]) >= {p + k for p in ("", "val_") for k in article | ours}
+    assert set(history[0]) >= {p + k for p in ("", "val_") for k in tutorial | ours}
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
     assert Image.open(workdir / f"samples/epoch-{EPOCHS:04d}.png").size[0] == 3 * 32
 
 
-def written(workdir):
-    """The lines of metrics.jsonl that are whole."""
+def epochs_written(workdir):
+    """The number of complete lines of metrics.jsonl."""
     file = workdir / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
@@ -139,20 +198,20 @@ def wait_until(happened, process):
         time.sleep(0.0005)
 
 
-def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(folders, undisturbed, tmp_path):
+def test_a_run_killed_at_any_moment_ends_like_an_uninterrupted_one(folders, undisturbed, tmp_path):
     straight, first, rest = undisturbed
     workdir, rng = tmp_path / "killed", random.Random(0)
-    (workdir / "demo").mkdir(parents=True)  # another run inside of this one's folder
+    (workdir / "demo").mkdir(parents=True)  # another run inside this one's folder
     (workdir / "demo" / "notes.txt").write_text("mine")
     moments = ["saving"] * 3 + ["starting"] * 3 + ["training"] * 4
     rng.shuffle(moments)
     for moment in moments:
-        before, stale = written(workdir), half_saved(workdir)
+        before, stale = epochs_written(workdir), half_saved(workdir)
         process = start(folders, workdir)
         if moment == "saving":
             wait_until(lambda stale=stale: half_saved(workdir) - stale, process)
         elif moment == "training":
-            wait_until(lambda before=before: written(workdir) > before, process)
+            wait_until(lambda before=before: epochs_written(workdir) > before, process)
             time.sleep(rng.uniform(0, 1.5 * rest / EPOCHS))
         else:
             time.sleep(rng.uniform(0, first))
@@ -160,8 +219,8 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(folders, undistur
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         if moment == "saving" and not half_saved(workdir) - stale:
-            moments.append(moment)  # the save was whole already
-    assert 0 < written(workdir) < EPOCHS
+            moments.append(moment)  # the checkpoint was complete already
+    assert 0 < epochs_written(workdir) < EPOCHS
     finish(start(folders, workdir))
     assert parameters(workdir) == parameters(straight)
     assert lines(workdir) == lines(straight)
@@ -173,97 +232,45 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(folders, undistur
 def test_signals_save_in_the_middle_of_an_epoch(folders, undisturbed, tmp_path):
     straight, *_ = undisturbed
     for number in (signal.SIGTERM, signal.SIGINT):
-        before = written(tmp_path)
+        before = epochs_written(tmp_path)
         process = start(folders, tmp_path)
-        wait_until(lambda before=before: written(tmp_path) > before, process)
+        wait_until(lambda before=before: epochs_written(tmp_path) > before, process)
         process.send_signal(number)
         output = finish(process, 128 + number)
         assert f"{number.name}: the state is saved" in output and "Traceback" not in output
-    assert "going on after step" in finish(start(folders, tmp_path))
+    assert "resuming after step" in finish(start(folders, tmp_path))
     assert parameters(tmp_path) == parameters(straight)
     assert lines(tmp_path) == lines(straight)
 
 
-def test_a_signal_in_an_epoch_is_obeyed_before_its_end(folders, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folders / "cache"))
-    make = train.train.make_train_step
-
-    def interrupted(*args, **options):
-        step = make(*args, **options)
-
-        def send(state, batch, key):
-            if int(state.step) == 8:  # with 7 an epoch
-                signal.raise_signal(signal.SIGTERM)
-            return step(state, batch, key)
-
-        return send
-
-    monkeypatch.setattr(train.train, "make_train_step", interrupted)
+def test_a_signal_ends_a_run_before_the_end_of_the_epoch(folders, tmp_path, before_each_step):
+    # There are 7 steps per epoch.
+    before_each_step(lambda step: step == 8 and signal.raise_signal(signal.SIGTERM))
     assert train.main(arguments(folders, tmp_path)) == 128 + signal.SIGTERM
     assert parameters(tmp_path)[0] == 9 and len(lines(tmp_path)) == 1
 
 
-@pytest.fixture
-def short(folders, tmp_path, monkeypatch):
-    """A run of one epoch in this very process."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folders / "cache"))
-    assert train.main(arguments(folders, tmp_path / "run", epochs=1)) == 0
-    return tmp_path / "run"
-
-
-def test_what_changes_the_result_is_refused_and_more_epochs_are_welcome(folders, short, capsys):
-    before = (short / "config.json").read_text()
-    assert train.main(arguments(folders, short, learning_rate=0.5, seed=3)) == 1
-    error = capsys.readouterr().err
-    assert "learning_rate: 0.001 -> 0.5" in error and "seed: 0 -> 3" in error
-    assert "recipe" not in error
-    assert (short / "config.json").read_text() == before
+def test_a_run_is_extended_with_more_epochs(folders, short, capsys):
     assert train.main(arguments(folders, short, epochs=2)) == 0
+    assert "resuming after step 7" in capsys.readouterr().out
     assert [line["epoch"] for line in lines(short)] == [1, 2]
 
 
-def test_a_run_keeps_the_network_that_its_recipe_stood_for(folders, short, capsys):
-    assert evaluate.main(["--workdir", str(short)]) == 0
-    then = json.loads((short / "evaluation-test.json").read_text())["loss"]
+def test_a_finished_run_says_so(folders, short, capsys):
+    assert train.main(arguments(folders, short, epochs=1)) == 0
+    assert "all 1 epochs are done" in capsys.readouterr().out
+
+
+def test_other_versions_are_a_warning(folders, short, capsys):
     config = json.loads((short / "config.json").read_text())
-    config["model"]["group_size"] = 8  # as if another version had trained it
+    config["versions"]["jax"] = "0.0.1"
     (short / "config.json").write_text(json.dumps(config))
-    assert train.main(arguments(folders, short, epochs=2)) == 1
-    assert "group_size: 8 -> 1" in capsys.readouterr().err
-    assert evaluate.main(["--workdir", str(short)]) == 0
-    assert json.loads((short / "evaluation-test.json").read_text())["loss"] != then
+    assert train.main(arguments(folders, short, epochs=1)) == 0
+    output = capsys.readouterr().out
+    assert "warning" in output and "jax: 0.0.1 ->" in output
 
 
-@pytest.mark.parametrize("file", ["config.json", "metrics.jsonl"])
-def test_files_of_something_else_are_not_written_over(folders, tmp_path, capsys, file):
-    (tmp_path / file).write_text('{"mine": 1}\n')
-    assert train.main(arguments(folders, tmp_path)) == 1
-    assert "choose another --workdir" in capsys.readouterr().err
-    assert (tmp_path / file).read_text() == '{"mine": 1}\n'
-
-
-def test_a_history_without_its_checkpoints_is_not_written_over(folders, short, capsys):
-    history = (short / "metrics.jsonl").read_text() * 3
-    (short / "metrics.jsonl").write_text(history)
-    shutil.rmtree(short / "checkpoints")
-    assert train.main(arguments(folders, short)) == 1
-    assert "metrics.jsonl has no checkpoint to go on from" in capsys.readouterr().err
-    assert (short / "metrics.jsonl").read_text() == history
-
-
-def test_tensorboard_is_not_needed(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    assert train.event_writer(tmp_path, 0) is None
-
-
-def test_the_article_learns_in_bfloat16(folders, tmp_path):
-    other = {"recipe": "article", "dtype": "bfloat16"}
-    assert train.main(arguments(folders, tmp_path, epochs=2, **other)) == 0
-    history = lines(tmp_path)
-    assert history[1]["loss"] < history[0]["loss"]
-
-
-def test_other_data_is_refused_and_other_versions_are_warned_of(folders, short, tmp_path, capsys):
+def test_other_data_is_refused(folders, short, tmp_path, capsys):
     other = tmp_path / "other"
     for part in ("images", "masks"):
         (other / part).mkdir(parents=True)
@@ -272,48 +279,291 @@ def test_other_data_is_refused_and_other_versions_are_warned_of(folders, short, 
                 (other / part / file.name).write_bytes(file.read_bytes())
     assert train.main(arguments(other, short, epochs=2)) == 1
     assert "holds a run with other settings (train: " in capsys.readouterr().err
+
+
+def test_a_run_keeps_the_network_that_its_recipe_had(folders, short, capsys):
+    assert evaluate.main(["--workdir", str(short)]) == 0
+    before = json.loads((short / "evaluation-test.json").read_text())["loss"]
     config = json.loads((short / "config.json").read_text())
-    config["versions"]["jax"] = "0.0.1"
+    config["model"]["norm"] = 8  # as if another version had trained it
     (short / "config.json").write_text(json.dumps(config))
-    assert train.main(arguments(folders, short, epochs=1)) == 0
-    assert "0.0.1" in capsys.readouterr().out
+    assert train.main(arguments(folders, short, epochs=2)) == 1
+    assert "norm: 8 -> instance" in capsys.readouterr().err
+    assert evaluate.main(["--workdir", str(short)]) == 0
+    assert json.loads((short / "evaluation-test.json").read_text())["loss"] != before
+
+
+def test_a_run_is_read_although_its_recipe_has_changed(folders, short, tmp_path, monkeypatch):
+    def results(name):
+        """The loss, the mask and the exported model of the run."""
+        out, picture = tmp_path / name, folders / "images" / "07.png"
+        assert evaluate.main(["--workdir", str(short), "--out", str(out)]) == 0
+        assert predict.main(["--workdir", str(short), "--out", str(out), str(picture)]) == 0
+        assert export.main(["--workdir", str(short), "--out", str(out / "model")]) == 0
+        return (
+            json.loads((out / "evaluation-test.json").read_text())["loss"],
+            (out / "07-mask.png").read_bytes(),
+            (out / "model" / "model.json").read_text(),
+            np.load(out / "model" / "weights.npz")["params/head/kernel"].tobytes(),
+        )
+
+    before, unet = results("before"), RECIPES["unet"]
+    today = replace(unet, optimizer=AdamW(), loss="bce_soft_dice", augment={})
+    other_network = replace(today, model=UNet(features=(4, 4), norm=None, residual=True))
+    monkeypatch.setitem(RECIPES, "unet", other_network)
+    assert results("after") == before
+    monkeypatch.setitem(RECIPES, "unet", today)  # --init needs the same network
+    settings = {"init": short, "epochs": 1, "learning_rate": 1e-30}  # no parameter changes
+    assert train.main(arguments(folders, tmp_path / "begun", **settings)) == 0
+    assert parameters(tmp_path / "begun")[1] == parameters(short)[1]
+
+
+def test_tensorboard_is_optional(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    assert train.event_writer(tmp_path, 0) is None
+
+
+def test_the_article_trains_in_bfloat16(folders, tmp_path):
+    other = {"recipe": "article", "dtype": "bfloat16"}
+    assert train.main(arguments(folders, tmp_path, epochs=2, **other)) == 0
+    history = lines(tmp_path)
+    assert history[1]["loss"] < history[0]["loss"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folders, tmp_path, capsys):
     assert train.main(arguments(folders, tmp_path, learning_rate=1e38)) == 1
     assert "the update norm of step 1 is inf" in capsys.readouterr().err
     assert not list((tmp_path / "checkpoints").iterdir())
-    # nothing was kept of that run, so the workdir is free for another
+    # Nothing of that run was saved, so another may use the workdir.
     assert train.main(arguments(folders, tmp_path, epochs=1)) == 0
 
 
 def test_a_step_that_is_not_finite_leaves_the_last_good_checkpoint(
     folders, short, capsys, monkeypatch
 ):
-    good = parameters(short)
-    make = train.train.make_train_step
+    good, make = parameters(short), fit.make_train_step
 
-    def spoiled(*args, **options):
+    def make_broken(*args, **options):
         step = make(*args, **options)
 
-        def spoil(state, batch, key):
-            state, figures = step(state, batch, key)
-            return state, figures | {"loss": float("nan")}
+        def broken(state, batch, key):
+            state, result = step(state, batch, key)
+            return state, result | {"loss": float("nan")}
 
-        return spoil
+        return broken
 
-    monkeypatch.setattr(train.train, "make_train_step", spoiled)
+    monkeypatch.setattr(fit, "make_train_step", make_broken)
     assert train.main(arguments(folders, short, epochs=2)) == 1
     assert f"the loss of step {good[0] + 1} is nan" in capsys.readouterr().err
     assert parameters(short) == good and len(lines(short)) == 1
 
 
-def test_a_workdir_in_use_is_refused(folders, undisturbed, capsys, monkeypatch):
-    workdir, *_ = undisturbed
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folders / "cache"))
-    with train.locked(workdir):
-        assert train.main(arguments(folders, workdir)) == 1
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_each_split_is_hashed_once(folders, short, monkeypatch, flags):
+    if flags:
+        pytest.importorskip("grain")
+    fingerprint, counts = data.fingerprint, Counter()
+
+    def counted(source):
+        counts[tuple(source[i]["name"] for i in range(len(source)))] += 1
+        return fingerprint(source)
+
+    monkeypatch.setattr(data, "fingerprint", counted)
+    assert train.main([*arguments(folders, short, epochs=1), *flags]) == 0
+    assert len(counts) == 3 and set(counts.values()) == {1}
+
+
+def test_a_stream_trains_like_pictures_in_memory(folders, short, tmp_path):
+    pytest.importorskip("grain")
+    streamed = tmp_path / "streamed"
+    assert train.main([*arguments(folders, streamed, epochs=1), "--stream"]) == 0
+    assert parameters(streamed) == parameters(short) and lines(streamed) == lines(short)
+
+
+def test_the_strong_recipe_learns_and_keeps_its_number_of_epochs(
+    folders, tmp_path, capsys, monkeypatch
+):
+    build, lengths = AdamW.build, []
+
+    def noted(self, learning_rate, steps):
+        lengths.append(steps)
+        return build(self, learning_rate, steps)
+
+    monkeypatch.setattr(AdamW, "build", noted)
+    settings = {"recipe": "strong", "learning_rate": 1e-2}
+    workdir, out = tmp_path / "run", tmp_path / "out"
+    assert train.main(arguments(folders, workdir, epochs=20, **settings)) == 0
+    assert {*lengths} == {lines(workdir)[-1]["step"]}
+    assert lines(workdir)[-1]["val_dice_per_image"] > 0.5
+    capsys.readouterr()
+    assert train.main(arguments(folders, workdir, epochs=21, **settings)) == 1
+    assert "epochs: 20 -> 21" in capsys.readouterr().err
+    for flags in ([], ["--flips"]):
+        words = ["--workdir", str(workdir), "--out", str(out / str(len(flags))), *flags]
+        assert predict.main([*words, str(folders / "images" / "07.png")]) == 0
+    masks = [np.asarray(Image.open(out / name / "07-mask.png")) > 0 for name in "01"]
+    assert 0 < masks[0].mean() < 0.5 and (masks[0] != masks[1]).any()
+
+
+def test_the_strong_recipe_resumes_in_the_middle_of_an_epoch(folders, tmp_path, before_each_step):
+    stops = []
+    before_each_step(lambda step: step in stops and signal.raise_signal(signal.SIGTERM))
+
+    def state(workdir):
+        settings = runs.load_model(workdir, "latest").settings
+        training = runs.build(settings, runs.recipe_of(settings), 54)
+        with checkpoint.open_checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+            restored, _ = checkpoint.restore(checkpoints, runs.abstract_state(training))
+        return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(restored)]
+
+    straight, stopped = (
+        arguments(folders, tmp_path / name, recipe="strong", epochs=3)
+        for name in ("straight", "stopped")
+    )
+    assert train.main(straight) == 0
+    stops.append(10)  # in the second epoch: there are 7 steps per epoch
+    assert train.main(stopped) == 128 + signal.SIGTERM
+    stops.clear()
+    assert train.main(stopped) == 0
+    assert state(tmp_path / "straight") == state(tmp_path / "stopped")
+    assert lines(tmp_path / "straight") == lines(tmp_path / "stopped")
+
+
+def test_a_run_starts_from_the_parameters_of_another(undisturbed, folders, tmp_path, capsys):
+    first, begun = tmp_path / "first", tmp_path / "begun"
+    shutil.copytree(undisturbed[0], first)
+    expected = runs.load_model(first, "best").variables
+    settings = {"init": first, "learning_rate": 1e-30}  # no parameter changes
+    assert train.main(arguments(folders, begun, epochs=1, **settings)) == 0
+    variables = runs.load_model(begun, "latest").variables
+    for a, b in zip(*map(jax.tree.leaves, (variables, expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    shutil.rmtree(first)  # resuming does not need it
+    assert train.main(arguments(folders, begun, epochs=2, **settings)) == 0
+    assert len(lines(begun)) == 2
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_size": 33}, "image_size 33 is not a multiple of 2"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"images": "/nowhere"}, "/nowhere is not a folder"),
+        ({"recipe": "weak"}, "no recipe 'weak': choose one of unet, article, strong, pretrained"),
+        ({"encoder": "lite0"}, "encoder is lite0, but this recipe has none"),
+        ({"dataset": "kvasir_seg"}, "--images needs --dataset folder"),
+    ],
+)
+def test_impossible_settings_are_named_and_leave_nothing(folders, tmp_path, capsys, changes, words):
+    assert train.main(arguments(folders, tmp_path / "run", **changes)) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "places", "words"),
+    [
+        ({}, {"images": "here"}, "--images needs --dataset folder"),
+        ({}, {"masks": "here"}, "--masks needs --dataset folder"),
+        ({"dataset": "synthetic_polyps"}, {"kvasir_zip": "a.zip"}, "--kvasir-zip needs --dataset"),
+        ({"dataset": "folder"}, {"images": "here"}, "needs --images DIR and --masks DIR"),
+        ({"dataset": "cats"}, {}, "'cats': choose folder or one of kvasir_seg, synthetic_polyps"),
+        ({"protocol": "mine"}, {}, "kvasir_seg has no protocol 'mine': choose one of article, "),
+    ],
+)
+def test_flags_that_do_not_fit_the_data_set_are_refused(tmp_path, settings, places, words):
+    with pytest.raises(ValueError, match=words):
+        sources.open_sources(runs.Settings(**settings), runs.Places(tmp_path, **places))
+
+
+def test_an_empty_split_is_named(folders, tmp_path, capsys):
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "07.png").write_bytes((folders / part / "07.png").read_bytes())
+    assert train.main(arguments(tmp_path, tmp_path / "run")) == 1
+    assert "split of the 1 pictures is empty" in capsys.readouterr().err
+
+
+def test_a_stream_without_grain_says_what_to_install(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    assert train.main([*arguments(folders, tmp_path / "run"), "--stream"]) == 1
+    assert "pip install 'flax-unet[stream]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+#: {file of another program or of another run: its content, what the message says}
+FOREIGN = {
+    "config.json": ('{"mine": 1}\n', "config.json is damaged or not of a run"),
+    "metrics.jsonl": ('{"mine": 1}\n', "metrics.jsonl has no checkpoint to resume from"),
+}
+
+
+@pytest.mark.parametrize("file", FOREIGN)
+def test_the_workdir_of_another_program_is_left_as_it_is(folders, tmp_path, capsys, file):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "notes.txt").write_text("mine")
+    content, words = FOREIGN[file]
+    (workdir / file).write_text(content)
+    before = snapshot(tmp_path)
+    assert train.main(arguments(folders, workdir)) == 1
+    assert words in (error := capsys.readouterr().err) and "choose another --workdir" in error
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [
+        ("empty", "there is no run in this workdir"),
+        ("run", "params/bottleneck/Conv_0/bias has shape (16,) instead of (12,)"),
+        ("run", "needs --recipe unet --features 8 16:"),
+    ],
+)
+def test_the_workdir_is_left_as_it_is_if_init_cannot_be_used(
+    short, folders, tmp_path, capsys, init, words, exists
+):
+    (tmp_path / "empty").mkdir()
+    workdir = tmp_path / "new"
+    if exists:
+        workdir.mkdir()
+        (workdir / "notes.txt").write_text("mine")
+    before = snapshot(tmp_path)
+    assert train.main(arguments(folders, workdir, features="8 12", init=tmp_path / init)) == 1
+    assert words in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_with_other_settings_is_refused_and_left_as_it_is(folders, short, capsys):
+    for name in ("samples", ".lock"):  # as if another version had trained it
+        shutil.rmtree(short / name) if (short / name).is_dir() else (short / name).unlink()
+    before = snapshot(short)
+    assert train.main(arguments(folders, short, learning_rate=0.5, seed=3)) == 1
+    error = capsys.readouterr().err
+    assert "learning_rate: 0.001 -> 0.5" in error and "seed: 0 -> 3" in error
+    assert "recipe" not in error
+    assert snapshot(short) == before
+
+
+def test_a_history_without_its_checkpoints_is_left_as_it_is(folders, short, capsys):
+    (short / "metrics.jsonl").write_text((short / "metrics.jsonl").read_text() * 3)
+    shutil.rmtree(short / "checkpoints")
+    before = snapshot(short)
+    assert train.main(arguments(folders, short)) == 1
+    assert "metrics.jsonl has no checkpoint to resume from" in capsys.readouterr().err
+    assert snapshot(short) == before
+
+
+def test_a_workdir_in_use_is_refused(folders, short, capsys):
+    before = snapshot(short)
+    with runs.locked(short):
+        assert train.main(arguments(folders, short, epochs=2)) == 1
     assert "another process is training in" in capsys.readouterr().err
+    assert snapshot(short) == before
 
 
 @pytest.mark.parametrize("content", ["{", '{"hello": 1}', "[]"])
@@ -324,55 +574,26 @@ def test_a_damaged_config_is_named(short, folders, capsys, content):
     assert capsys.readouterr().err.count("config.json is damaged or not of a run") == 2
 
 
-def test_a_finished_run_says_so(folders, short, capsys):
-    assert train.main(arguments(folders, short, epochs=1)) == 0
-    assert "all 1 epochs are done" in capsys.readouterr().out
-
-
-def test_a_split_that_is_empty_is_named(folders, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for part in ("images", "masks"):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "07.png").write_bytes((folders / part / "07.png").read_bytes())
-    assert train.main(arguments(tmp_path, tmp_path / "run")) == 1
-    assert "split of the 1 pictures is empty" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"image_size": 33}, "image_size 33 is no multiple of 2"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**63}, "seed is 9223372036854775808"),
-        ({"images": "/nowhere"}, "/nowhere is not a folder"),
-    ],
-)
-def test_a_setting_that_cannot_work_is_named_and_leaves_nothing(
-    folders, tmp_path, capsys, changes, words
-):
-    assert train.main(arguments(folders, tmp_path / "run", **changes)) == 1
-    assert words in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+# Evaluation, prediction, export
 
 
 @pytest.mark.slow
 def test_the_demonstration_reaches_its_score(tmp_path):
     make = ["make", "--dry-run", "--old-file=.venv/installed", f"BIN={Path(sys.executable).parent}"]
-    root = PROGRAMS.parent
-    commands = subprocess.check_output([*make, "demo"], cwd=root, text=True)
+    commands = subprocess.check_output([*make, "demo"], cwd=ROOT, text=True)
     commands = commands.replace("runs/demo", str(tmp_path))
-    subprocess.run(["bash", "-e", "-c", commands], cwd=root, check=True)
+    subprocess.run(["bash", "-e", "-c", commands], cwd=ROOT, check=True)
     assert json.loads((tmp_path / "evaluation-test.json").read_text())["dice_per_image"] >= 0.85
 
 
-def test_evaluation_needs_the_workdir_alone(undisturbed, capsys):
+def test_evaluation_needs_only_the_workdir(undisturbed, capsys):
     workdir, *_ = undisturbed
     assert evaluate.main(["--workdir", str(workdir)]) == 0
     report = json.loads((workdir / "evaluation-test.json").read_text())
     low, high = report["dice_per_image_interval"]
     assert 0.5 < low < report["dice_per_image"] < high <= 1
-    assert f"{report['dice_per_image']:.4f}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"{report['dice_per_image']:.4f}" in output and "warning" not in output
     assert report["split"] == "test" and report["checkpoint"] == "best"
     dice = {line["step"]: line["val_dice_per_image"] for line in lines(workdir)}
     assert dice[report["step"]] == max(dice.values()) > dice[min(dice)]
@@ -390,15 +611,21 @@ def test_evaluation_needs_the_workdir_alone(undisturbed, capsys):
     assert evaluate.main(["--workdir", str(workdir), "--flips"]) == 0
     flips = json.loads((workdir / "evaluation-test-flips.json").read_text())
     assert flips["flips"] and flips["dice_per_image"] != report["dice_per_image"]
+
+
+def test_evaluation_of_the_validation_split_repeats_the_metrics_of_training(undisturbed, capsys):
+    workdir, *_ = undisturbed
     assert evaluate.main(["--workdir", str(workdir), "--split", "validation"]) == 0
-    assert json.loads((workdir / "evaluation-validation-latest.json").read_text())["n_images"] > 0
-    # the figures of training, computed anew
-    validation = lines(workdir)[-1]["val_dice_per_image"]
-    again = json.loads((workdir / "evaluation-validation-latest.json").read_text())
-    assert again["dice_per_image"] == pytest.approx(validation, abs=1e-6)
+    report = json.loads((workdir / "evaluation-validation-latest.json").read_text())
+    assert report["n_images"] > 0
+    dice = lines(workdir)[-1]["val_dice_per_image"]
+    assert report["dice_per_image"] == pytest.approx(dice, abs=1e-6)
+    best = ["--workdir", str(workdir), "--split", "validation", "--checkpoint", "best"]
+    assert evaluate.main(best) == 0
+    assert "the best checkpoint was chosen on these very images" in capsys.readouterr().out
 
 
-def test_evaluation_of_other_folders_takes_all_of_them(folders, undisturbed):
+def test_evaluation_of_other_folders_takes_all_their_pictures(folders, undisturbed):
     workdir, *_ = undisturbed
     others = ["--images", str(folders / "images"), "--masks", str(folders / "masks")]
     assert evaluate.main(["--workdir", str(workdir), *others]) == 0
@@ -406,12 +633,28 @@ def test_evaluation_of_other_folders_takes_all_of_them(folders, undisturbed):
     assert json.loads(report.read_text())["n_images"] == 60
 
 
+def test_evaluation_warns_if_the_pictures_have_changed(folders, short, tmp_path, capsys):
+    other = Path(shutil.copytree(folders / "images", tmp_path / "images"))
+    names = [example["name"] for example in data.FolderSource(other, folders / "masks", "test")]
+    shutil.copy(other / "07.png", other / f"{names[0]}.png")
+    config = json.loads((short / "config.json").read_text())
+    config["places"]["images"] = str(other)
+    (short / "config.json").write_text(json.dumps(config))
+    assert evaluate.main(["--workdir", str(short)]) == 0
+    assert "warning: these are not the pictures" in capsys.readouterr().out
+
+
 def test_evaluation_without_a_run_is_an_error(tmp_path, capsys):
     assert evaluate.main(["--workdir", str(tmp_path)]) == 1
     assert "there is no run in this workdir" in capsys.readouterr().err
 
 
-def test_prediction_of_files_of_any_mode_and_size(undisturbed, tmp_path, capsys):
+def test_images_without_masks_are_refused(short, folders, capsys):
+    assert evaluate.main(["--workdir", str(short), "--images", str(folders / "images")]) == 1
+    assert "--images and --masks" in capsys.readouterr().err
+
+
+def test_prediction_takes_pictures_of_any_mode_and_size(undisturbed, tmp_path, capsys):
     workdir, *_ = undisturbed
     rng = np.random.default_rng(0)
     inputs = tmp_path / "in"
@@ -420,19 +663,19 @@ def test_prediction_of_files_of_any_mode_and_size(undisturbed, tmp_path, capsys)
     for mode in ("L", "RGBA", "P", "CMYK"):
         colour.convert(mode).save(inputs / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}")
     Image.fromarray(rng.integers(0, 65536, (45, 70), np.uint16)).save(inputs / "sixteen.png")
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    colour.save(inputs / "turned.jpg", exif=turned)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    colour.save(inputs / "rotated.jpg", exif=rotated)
     (inputs / "broken.png").write_bytes(b"no picture")
     out = tmp_path / "out"
     command = ["--workdir", str(workdir), "--out", str(out), str(inputs)]
     assert predict.main(command) == 1
     captured = capsys.readouterr()
-    assert "broken.png: not a picture" in captured.err and "6 of 7 pictures" in captured.out
+    assert re.search("skipped: .*broken.png", captured.err) and "6 of 7 pictures" in captured.out
     (inputs / "broken.png").unlink()
     assert predict.main(command) == 0
-    for name in ("L", "RGBA", "P", "CMYK", "sixteen", "turned"):
-        size = (45, 70) if name == "turned" else (70, 45)
+    for name in ("L", "RGBA", "P", "CMYK", "sixteen", "rotated"):
+        size = (45, 70) if name == "rotated" else (70, 45)
         mask = Image.open(out / f"{name}-mask.png")
         assert mask.size == size and set(np.unique(mask)) <= {0, 255}
         assert Image.open(out / f"{name}-overlay.png").size == size
@@ -442,69 +685,174 @@ def test_prediction_finds_the_disc(folders, undisturbed, tmp_path):
     workdir, *_ = undisturbed
     file = folders / "images" / "07.png"
     assert predict.main(["--workdir", str(workdir), "--out", str(tmp_path), str(file)]) == 0
-    found = np.asarray(Image.open(tmp_path / "07-mask.png")) > 127
-    truth = np.asarray(Image.open(folders / "masks" / "07.png")) > 0
-    assert (found & truth).sum() / (found | truth).sum() > 0.5
+    mask = np.asarray(Image.open(tmp_path / "07-mask.png")) > 127
+    true = np.asarray(Image.open(folders / "masks" / "07.png")) > 0
+    assert (mask & true).sum() / (mask | true).sum() > 0.5
 
 
-def test_the_strong_recipe_learns_and_keeps_its_number_of_epochs(
-    folders, tmp_path, capsys, monkeypatch
-):
-    make, steps = recipes.falling_adamw, set()
+def test_prediction_overwrites_no_picture(undisturbed, tmp_path, capsys):
+    workdir, *_ = undisturbed
+    for name in ("a.png", "a-mask.png"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    before = (tmp_path / "a-mask.png").read_bytes()
+    command = ["--workdir", str(workdir), "--out", str(tmp_path), str(tmp_path)]
+    assert predict.main(command) == 1
+    assert re.search("a-mask.png, a result of .*a.png, would overwrite", capsys.readouterr().err)
+    assert (tmp_path / "a-mask.png").read_bytes() == before
 
-    def noted(rate, n):
-        steps.add(n)
-        return make(rate, n)
 
-    monkeypatch.setattr(recipes, "falling_adamw", noted)
-    settings = {"recipe": "strong", "learning_rate": 1e-2}
-    run = arguments(folders, tmp_path / "run", epochs=20, **settings)
-    assert train.main(run) == 0
-    assert max(steps) == lines(tmp_path / "run")[-1]["step"]
-    assert lines(tmp_path / "run")[-1]["val_dice_per_image"] > 0.5
-    capsys.readouterr()
-    assert train.main(arguments(folders, tmp_path / "run", epochs=21, **settings)) == 1
-    assert "epochs: 20 -> 21" in capsys.readouterr().err
+def test_two_pictures_with_one_name_are_refused(undisturbed, tmp_path, capsys):
+    workdir, *_ = undisturbed
+    for suffix in ("png", "jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"a.{suffix}")
     out = tmp_path / "out"
-    for flags in ([], ["--flips"]):
-        words = ["--workdir", str(tmp_path / "run"), "--out", str(out / str(len(flags))), *flags]
-        assert predict.main([*words, str(folders / "images" / "07.png")]) == 0
-    found = [np.asarray(Image.open(out / each / "07-mask.png")) > 0 for each in "01"]
-    assert 0 < found[0].mean() < 0.5 and (found[0] != found[1]).any()
+    assert predict.main(["--workdir", str(workdir), "--out", str(out), str(tmp_path)]) == 1
+    assert "would overwrite" in capsys.readouterr().err and not out.exists()
 
 
-def test_the_strong_recipe_goes_on_where_it_was_stopped(folders, tmp_path, monkeypatch):
-    make, stops = train.train.make_train_step, []
+def test_a_threshold_that_is_no_probability_is_refused(tmp_path, capsys):
+    command = ["--workdir", str(tmp_path), "--out", str(tmp_path), "--threshold", "1.5"]
+    assert predict.main([*command, str(tmp_path)]) == 1
+    assert "threshold is 1.5: it must be in [0, 1)" in capsys.readouterr().err
 
-    def interrupted(*args, **options):
-        step = make(*args, **options)
 
-        def send(state, batch, key):
-            if int(state.step) in stops:
-                signal.raise_signal(signal.SIGTERM)
-            return step(state, batch, key)
+def test_an_exported_model_takes_the_place_of_its_run(undisturbed, folders, tmp_path, capsys):
+    workdir, *_ = undisturbed
+    out = tmp_path / "models" / "disc"
+    assert export.main(["--workdir", str(workdir), "--out", str(out)]) == 0
+    assert {file.name for file in out.iterdir()} == {"model.json", "weights.npz"}
+    assert "/" not in json.dumps(json.loads((out / "model.json").read_text())["about"])
+    exported, trained = runs.load_model(out), runs.load_model(workdir)
+    assert (exported.step, exported.fingerprints) == (trained.step, trained.fingerprints)
+    for name, flag, folder in (("a", "--workdir", workdir), ("b", "--model", out)):
+        command = [flag, str(folder), "--out", str(tmp_path / name)]
+        assert predict.main([*command, str(folders / "images")]) == 0
+        pictures = ["--images", str(folders / "images"), "--masks", str(folders / "masks")]
+        assert evaluate.main([*command, *pictures]) == 0
+    dice, masks = [], []
+    for name in ("a", "b"):
+        (report,) = (tmp_path / name).glob("evaluation-*.json")
+        dice.append(json.loads(report.read_text())["dice_per_image"])
+        masks.append(
+            np.stack([Image.open(x) for x in sorted((tmp_path / name).glob("*-mask.png"))])
+        )
+    assert (masks[0] != masks[1]).mean() < 1e-3 and abs(dice[0] - dice[1]) < 1e-3
+    assert {file.name for file in out.iterdir()} == {"model.json", "weights.npz"}
+    begun = tmp_path / "begun"
+    assert train.main(arguments(folders, begun, init=out, epochs=1, learning_rate=1e-30)) == 0
+    variables = runs.load_model(begun, "latest").variables
+    for a, b in zip(*map(jax.tree.leaves, (variables, exported.variables)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for taken in (out, workdir):
+        before = sorted(file.name for file in taken.iterdir())
+        assert export.main(["--workdir", str(workdir), "--out", str(taken)]) == 1
+        assert "choose another folder" in capsys.readouterr().err
+        assert sorted(file.name for file in taken.iterdir()) == before
+    assert evaluate.main(["--model", str(out), "--out", str(tmp_path)]) == 1
+    assert "does not record where its pictures are" in capsys.readouterr().err
 
-        return send
 
-    def states(workdir):
-        config, model, *_ = restore_run(workdir, "latest")
-        abstract = recipes.abstract_state(recipes.make_recipe(config))
-        with checkpoint.open_checkpoints(workdir / "checkpoints", read_only=True) as opened:
-            state, _ = checkpoint.restore(opened, abstract)
-        return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+def test_an_exported_model_records_which_checkpoint_it_is(undisturbed, tmp_path):
+    for which in ("best", "latest"):
+        command = ["--workdir", str(undisturbed[0]), "--out", str(tmp_path / which)]
+        assert export.main([*command, "--checkpoint", which]) == 0
+        assert runs.load_model(tmp_path / which).checkpoint == which
 
-    monkeypatch.setattr(train.train, "make_train_step", interrupted)
-    straight, stopped = (
-        arguments(folders, tmp_path / name, recipe="strong", epochs=3)
-        for name in ("straight", "stopped")
+
+# Studies
+
+
+SMALL = runs.Settings(recipe="strong", features=(4, 8), image_size=16, epochs=2)
+STRONG = runs.configure(RECIPES["strong"], SMALL)
+ARRAYS = {
+    split: data.Arrays(
+        np.zeros((4, 16, 16, 3), np.uint8), np.zeros((4, 16, 16, 1), np.uint8), [*"abcd"], split
     )
-    assert train.main(straight) == 0
-    stops.append(10)  # in the second epoch, with 7 an epoch
-    assert train.main(stopped) == 128 + signal.SIGTERM
-    stops.clear()
-    assert train.main(stopped) == 0
-    assert states(tmp_path / "straight") == states(tmp_path / "stopped")
-    assert lines(tmp_path / "straight") == lines(tmp_path / "stopped")
+    for split in ("train", "validation")
+}
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The names of the study's training runs, which return their number instead of training."""
+    names = []
+
+    def numbered(settings, recipe, arrays, name):
+        names.append(name)
+        return {"dice": [float(len(names))], "dice_flips": [float(len(names))]}
+
+    monkeypatch.setattr(study, "_train_and_score", numbered)
+    return names
+
+
+def score(workdir, settings=SMALL, recipe=STRONG, arrays=ARRAYS, name="strong"):
+    [dice] = study.train_and_score(workdir, settings, recipe, arrays, name)["dice"]
+    return int(dice)
+
+
+#: Changes of what determines the scores of a study's training run.
+OTHERS = {
+    "loss": {"recipe": replace(STRONG, loss="bce")},
+    "model": {"recipe": replace(STRONG, model=STRONG.model.clone(norm="instance"))},
+    "depth": {"recipe": replace(STRONG, model=STRONG.model.clone(residual=False, deep=False))},
+    "optimizer": {"recipe": replace(STRONG, optimizer=Adam())},
+    "clip": {"recipe": replace(STRONG, optimizer=replace(STRONG.optimizer, clip=2.0))},
+    "augmentations": {"recipe": replace(STRONG, augment={})},
+    "augmentation": {
+        "recipe": replace(STRONG, augment=STRONG.augment | {"random_blur": {"sigma": 2.0}})
+    },
+    "imagenet": {"recipe": replace(STRONG, imagenet=True)},
+    "seed": {"settings": replace(SMALL, seed=1)},
+    "epochs": {"settings": replace(SMALL, epochs=3)},
+    "learning rate": {"settings": replace(SMALL, learning_rate=0.1)},
+    "batch size": {"settings": replace(SMALL, batch_size=4)},
+    "subset": {"arrays": ARRAYS | {"train": ARRAYS["train"]._replace(name=[*"abc"])}},
+    "order": {"arrays": ARRAYS | {"train": ARRAYS["train"]._replace(name=[*"abdc"])}},
+    "pictures": {"arrays": ARRAYS | {"train": ARRAYS["train"]._replace(fingerprint="other")}},
+    "validation": {
+        "arrays": ARRAYS | {"validation": ARRAYS["validation"]._replace(fingerprint="other")}
+    },
+    "name": {"name": "another row"},
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_study_trains_again_if_anything_that_determines_the_scores_changes(
+    tmp_path, trainings, what
+):
+    assert score(tmp_path) == 1
+    assert score(tmp_path, **OTHERS[what]) == 2
+    assert len(list(tmp_path.iterdir())) == 2
+    # Both are kept.
+    assert score(tmp_path) == 1 and score(tmp_path, **OTHERS[what]) == 2
+    assert len(trainings) == 2
+
+
+@pytest.mark.parametrize("package", ["jax", "flax-unet", "pillow"])
+def test_a_study_trains_again_with_another_version_of_a_package(
+    tmp_path, trainings, monkeypatch, package
+):
+    version = metadata.version
+    assert score(tmp_path) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata, "version", lambda p: "99" if p == package else version(p))
+        assert score(tmp_path) == 2
+    assert score(tmp_path) == 1
+
+
+def test_a_study_reuses_finished_trainings(tmp_path, trainings):
+    assert score(tmp_path) == 1
+    described = replace(STRONG, about="in other words")
+    copied = {split: each._replace(image=each.image.copy()) for split, each in ARRAYS.items()}
+    assert score(tmp_path, recipe=described, arrays=copied) == 1
+    shutil.copytree(tmp_path, tmp_path / "moved")
+    assert score(tmp_path / "moved") == 1
+    assert trainings == ["strong"]
+
+
+def test_the_rows_of_the_ablation_have_different_files(tmp_path, trainings):
+    rows = [runs.configure(recipe, SMALL) for recipe in ablate.ROWS.values()]
+    assert [score(tmp_path, recipe=recipe) for recipe in rows] == [*range(1, len(rows) + 1)]
 
 
 def test_the_ablation_trains_each_row_once_and_prints_the_table(
@@ -521,59 +869,70 @@ def test_the_ablation_trains_each_row_once_and_prints_the_table(
     assert ablate.main(arguments(folders, tmp_path / "a", epochs=1)) == 0
     assert capsys.readouterr().out == table
     assert times == [file.stat().st_mtime_ns for file in files]
-    assert ablate.main(arguments(folders, tmp_path / "a", epochs=1, seed=1)) == 0
-    assert len([*(tmp_path / "a").iterdir()]) == 4
 
 
-def test_the_data_efficiency_trains_on_the_share_of_the_images_for_as_many_steps(
+def test_each_row_of_the_ablation_changes_one_thing():
+    changed = [
+        [
+            field.name
+            for field in dataclasses.fields(Recipe)
+            if getattr(row, field.name) != getattr(RECIPES["strong"], field.name)
+        ]
+        for row in ablate.ROWS.values()
+    ]
+    augment, model = ["augment"], ["model"]
+    assert changed == [[], augment, augment, ["loss"], model, model, ["optimizer"]]
+
+
+def test_the_data_efficiency_trains_on_fractions_of_the_images_for_as_many_steps(
     folders, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(data_efficiency, "RECIPES", ("strong",))
-    monkeypatch.setattr(data_efficiency, "SHARES", (0.25, 1.0))
-    seen, score, opened = [], data_efficiency.score, data_efficiency.open_study
-    split = {}
+    monkeypatch.setattr(data_efficiency, "FRACTIONS", (0.25, 1.0))
+    trainings, split = [], {}
+    train_and_score, open_study = data_efficiency.train_and_score, data_efficiency.open_study
 
-    def remembered(*args, **kwargs):
-        split.update(opened(*args, **kwargs))
+    def noted_open_study(*args, **kwargs):
+        split.update(open_study(*args, **kwargs))
         return split
 
-    def noted(config, recipe, arrays, name):
-        seen.append((config.epochs, arrays["train"]))
-        return score(config, recipe, arrays, name)
+    def noted_train_and_score(workdir, settings, recipe, arrays, name):
+        trainings.append((settings.epochs, arrays["train"]))
+        return train_and_score(workdir, settings, recipe, arrays, name)
 
-    monkeypatch.setattr(data_efficiency, "score", noted)
-    monkeypatch.setattr(data_efficiency, "open_study", remembered)
+    monkeypatch.setattr(data_efficiency, "train_and_score", noted_train_and_score)
+    monkeypatch.setattr(data_efficiency, "open_study", noted_open_study)
     assert data_efficiency.main(arguments(folders, tmp_path / "a", epochs=2)) == 0
-    (some_epochs, few), (all_epochs, whole) = seen
-    some, everything = few.name, whole.name
-    batches = [-(-len(some) // 8), -(-len(everything) // 8)]
-    assert 0 <= batches[0] * some_epochs - batches[1] * 2 < batches[0] and all_epochs == 2
-    assert len(some) == round(len(everything) / 4) and some == everything[: len(some)]
-    assert {*everything} == {*split["train"].name} and len(everything) == len({*everything})
-    place = np.array([split["train"].name.index(name) for name in everything])
+    (quarter_epochs, quarter), (all_epochs, everything) = trainings
+    some, names = quarter.name, everything.name
+    batches = [-(-len(some) // 8), -(-len(names) // 8)]
+    assert 0 <= batches[0] * quarter_epochs - batches[1] * 2 < batches[0] and all_epochs == 2
+    assert len(some) == round(len(names) / 4) and some == names[: len(some)]
+    assert {*names} == {*split["train"].name} and len(names) == len({*names})
+    place = np.array([split["train"].name.index(name) for name in names])
     for part in ("image", "mask"):
         original = getattr(split["train"], part)[place]
-        assert (getattr(whole, part) == original).all()
-        assert (getattr(few, part) == original[: len(some)]).all()
+        assert (getattr(everything, part) == original).all()
+        assert (getattr(quarter, part) == original[: len(some)]).all()
     table = capsys.readouterr().out
-    assert all(f"\n| {n} | 0." in table for n in (len(some), len(everything)))
+    assert all(f"\n| {n} | 0." in table for n in (len(some), len(names)))
     assert (tmp_path / "a" / "data-efficiency.png").is_file()
 
 
-@pytest.mark.parametrize("program", [ablate, data_efficiency])
+@pytest.mark.parametrize("study", [ablate, data_efficiency])
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"init": "runs"}, "--init has no use here"),
-        ({"recipe": "article"}, "--recipe has no use here"),
-        ({"learning_rate": 1e30}, "strong.*is not finite"),
+        ({"init": "runs"}, "--init is not used by this program"),
+        ({"recipe": "article"}, "--recipe is not used by this program"),
+        ({"learning_rate": 1e30}, "strong.*: the .* of step .* is (inf|nan)"),
     ],
 )
-def test_a_study_that_cannot_be_made_is_refused(
-    folders, tmp_path, capsys, monkeypatch, program, changes, words
+def test_an_impossible_study_is_refused_and_leaves_nothing(
+    folders, tmp_path, capsys, monkeypatch, study, changes, words
 ):
     monkeypatch.setattr(data_efficiency, "RECIPES", ("strong",))
-    assert program.main(arguments(folders, tmp_path / "a", epochs=1, **changes)) == 1
+    assert study.main(arguments(folders, tmp_path / "a", epochs=1, **changes)) == 1
     assert re.search(words, capsys.readouterr().err)
     assert not (tmp_path / "a").exists()
 
@@ -584,153 +943,101 @@ def test_missing_weights_are_named_before_anything_is_trained(
     def missing(variant):
         raise ModuleNotFoundError(f"no weights of {variant}")
 
-    monkeypatch.setattr(ablate, "imagenet", missing)
+    monkeypatch.setattr(study, "imagenet", missing)
     command = arguments(folders, tmp_path / "a")
     command = [*command[: command.index("--features")], "--encoder", "lite2"]
     assert data_efficiency.main(command) == 1
     assert "no weights of lite2" in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
-def test_each_row_of_the_ablation_changes_one_thing(tmp_path):
-    recipe = recipes.make_recipe(recipes.Config(tmp_path, recipe="strong"))
-    changed = []
-    for row in ablate.ROWS.values():
-        pairs = zip(recipe._fields, recipe, row(recipe, 1e-3), strict=True)
-        changed.append([field for field, before, after in pairs if before is not after])
-    augment, model = ["augment"], ["model"]
-    assert changed == [[], augment, augment, ["loss_fn"], model, model, ["tx"]]
+# The command line
 
 
-def test_a_run_starts_from_the_parameters_of_another(undisturbed, folders, tmp_path, capsys):
-    first, begun = tmp_path / "first", tmp_path / "begun"
-    shutil.copytree(undisturbed[0], first)
-    given = restore_run(first, "best").variables
-    settings = {"init": first, "learning_rate": 1e-30}  # it moves no parameter
-    assert train.main(arguments(folders, begun, epochs=1, **settings)) == 0
-    found = restore_run(begun, "latest").variables
-    for a, b in zip(*map(jax.tree.leaves, (given, found)), strict=True):
-        np.testing.assert_array_equal(a, b)
-    shutil.rmtree(first)  # it is not needed to go on
-    assert train.main(arguments(folders, begun, epochs=2, **settings)) == 0
-    assert len(lines(begun)) == 2
-    capsys.readouterr()
-    for changes, words in [
-        ({"init": first}, "there is no run in this workdir"),
-        ({"init": undisturbed[0], "recipe": "strong"}, "params/down0/Conv_2/bias is not in the"),
-        ({"init": undisturbed[0], "recipe": "strong"}, "goes with --recipe unet --features 8 16:"),
-    ]:
-        assert train.main(arguments(folders, tmp_path / "other", **changes)) == 1
-        assert words in capsys.readouterr().err
-        assert not (tmp_path / "other" / "config.json").exists()
+def console(*words, code=0):
+    """The output of a Python command, in two parts."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout, done.stderr
 
 
-def test_an_exported_model_stands_for_its_run(undisturbed, folders, tmp_path, capsys):
-    workdir, *_ = undisturbed
-    out = tmp_path / "models" / "disc"
-    assert export.main(["--workdir", str(workdir), "--out", str(out)]) == 0
-    assert {file.name for file in out.iterdir()} == {"model.json", "weights.npz"}
-    assert "/" not in json.dumps(json.loads((out / "model.json").read_text())["about"])
-    ours, theirs = restore_run(out, "best"), restore_run(workdir, "best")
-    assert (ours.step, ours.fingerprints) == (theirs.step, theirs.fingerprints)
-    for name, flag, folder in (("a", "--workdir", workdir), ("b", "--model", out)):
-        command = [flag, str(folder), "--out", str(tmp_path / name)]
-        assert predict.main([*command, str(folders / "images")]) == 0
-        pictures = ["--images", str(folders / "images"), "--masks", str(folders / "masks")]
-        assert evaluate.main([*command, *pictures]) == 0
-    scores, masks = [], []
-    for name in ("a", "b"):
-        (report,) = (tmp_path / name).glob("evaluation-*.json")
-        scores.append(json.loads(report.read_text())["dice_per_image"])
-        masks.append(
-            np.stack([Image.open(x) for x in sorted((tmp_path / name).glob("*-mask.png"))])
-        )
-    assert (masks[0] != masks[1]).mean() < 1e-3 and abs(scores[0] - scores[1]) < 1e-3
-    assert {file.name for file in out.iterdir()} == {"model.json", "weights.npz"}
-    begun = tmp_path / "begun"
-    assert train.main(arguments(folders, begun, init=out, epochs=1, learning_rate=1e-30)) == 0
-    found = restore_run(begun, "latest").variables
-    for a, b in zip(*map(jax.tree.leaves, (found, ours.variables)), strict=True):
-        np.testing.assert_array_equal(a, b)
-    for taken in (out, workdir):
-        before = sorted(file.name for file in taken.iterdir())
-        assert export.main(["--workdir", str(workdir), "--out", str(taken)]) == 1
-        assert "choose another folder" in capsys.readouterr().err
-        assert sorted(file.name for file in taken.iterdir()) == before
-    assert evaluate.main(["--model", str(out), "--out", str(tmp_path)]) == 1
-    assert "does not say where its pictures are" in capsys.readouterr().err
+def console_script():
+    """The Python code of the command `flax-unet`, as pip writes it."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, function = scripts["flax-unet"].split(":")
+    return f"import sys; from {module} import {function}; sys.exit({function}())"
 
 
-def test_an_exported_model_says_which_checkpoint_it_is(undisturbed, tmp_path):
-    for which in ("best", "latest"):
-        command = ["--workdir", str(undisturbed[0]), "--out", str(tmp_path / which)]
-        assert export.main([*command, "--checkpoint", which]) == 0
-        assert restore_run(tmp_path / which, "best").checkpoint == which
-    file = tmp_path / "best" / "model.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"about": {"by": "another"}}))
-    with pytest.raises(ValueError, match="is of another version or program"):
-        restore_run(tmp_path / "best", "best")
+def test_a_program_has_three_names():
+    helps = [
+        console(str(PROGRAMS / "train.py"), "--help")[0],
+        console("-m", "flax_unet_cli", "train", "--help")[0],
+        console("-c", console_script(), "train", "--help")[0],
+    ]
+    names = [re.match(r"usage: (.*) \[-h\]", text)[1] for text in helps]
+    assert names == [str(PROGRAMS / "train.py"), "flax-unet train", "flax-unet train"]
+    texts = [text.split("[-h]", 1)[1] for text in helps]
+    assert texts[0] == texts[1] == texts[2]
+    assert all(flag in texts[0] for flag in ("--workdir", "--recipe", "--stream"))
+    assert all(f"\n{name}: {recipe.about}" in texts[0] for name, recipe in RECIPES.items())
 
 
-def test_no_picture_is_written_over(undisturbed, tmp_path, capsys):
-    workdir, *_ = undisturbed
-    for name in ("a.png", "a-mask.png"):
-        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
-    before = (tmp_path / "a-mask.png").read_bytes()
-    command = ["--workdir", str(workdir), "--out", str(tmp_path), str(tmp_path)]
-    assert predict.main(command) == 1
-    assert "a-mask.png, of" in capsys.readouterr().err
-    assert (tmp_path / "a-mask.png").read_bytes() == before
+def test_the_scripts_are_the_programs():
+    scripts = {file.stem: file for file in PROGRAMS.glob("*.py")}
+    assert scripts.keys() == {*__main__.PROGRAMS}
+    for name, file in scripts.items():
+        assert runpy.run_path(str(file))["main"] is sys.modules[f"flax_unet_cli.{name}"].main
 
 
-def test_a_threshold_that_is_no_probability_is_refused(tmp_path, capsys):
-    command = ["--workdir", str(tmp_path), "--out", str(tmp_path), "--threshold", "1.5"]
-    assert predict.main([*command, str(tmp_path)]) == 1
-    assert "threshold is 1.5: it must be in [0, 1)" in capsys.readouterr().err
+def test_flax_unet_lists_its_programs():
+    listed = ", ".join(__main__.PROGRAMS)
+    assert listed in console("-c", console_script(), code=2)[0]
+    assert listed in console("-c", console_script(), "--help")[0]
+    output, error = console("-c", console_script(), "segment", code=2)
+    assert listed in output and "no program 'segment'" in error
 
 
-def test_two_pictures_with_one_name_are_refused(undisturbed, tmp_path, capsys):
-    workdir, *_ = undisturbed
-    for suffix in ("png", "jpg"):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"a.{suffix}")
-    out = tmp_path / "out"
-    assert predict.main(["--workdir", str(workdir), "--out", str(out), str(tmp_path)]) == 1
-    assert "is taken by" in capsys.readouterr().err and not out.exists()
+def test_a_wrong_flag_names_the_program():
+    _, error = console("-m", "flax_unet_cli", "data-efficiency", "--bogus", code=2)
+    assert "--bogus" in error and "flax-unet data_efficiency --help" in error
 
 
-def test_a_stream_trains_as_pictures_in_memory_do(folders, short, tmp_path):
-    pytest.importorskip("grain")
-    streamed = tmp_path / "streamed"
-    assert train.main([*arguments(folders, streamed, epochs=1), "--stream"]) == 0
-    assert parameters(streamed) == parameters(short) and lines(streamed) == lines(short)
+def test_the_compilation_cache_is_turned_on_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with warnings.catch_warnings():
+        before = jax.config.jax_compilation_cache_dir
+        try:
+            program.keep_compiled()
+            once = warnings.showwarning
+            program.keep_compiled()
+            assert warnings.showwarning is once
+            folder = Path(jax.config.jax_compilation_cache_dir)
+            assert folder.parent == tmp_path / "flax_unet" and folder.name.startswith("xla-")
+        finally:
+            jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_a_stream_without_grain_says_what_to_install(folders, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
-    assert train.main([*arguments(folders, tmp_path / "run"), "--stream"]) == 1
-    assert "pip install 'flax-unet[stream]'" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_was_compiled_is_found_again_and_a_damaged_entry_is_made_anew(tmp_path):
-    program = (
-        "import recipes, jax\n"
-        "recipes.keep_compiled()\n"
+def test_compiled_code_is_found_again_and_a_damaged_entry_is_replaced(tmp_path):
+    code = (
+        "import jax\n"
+        "from flax_unet_cli import program\n"
+        "program.keep_compiled()\n"
+        "program.keep_compiled()\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
         "jax.jit(lambda x: x * 2 + 1).lower(1.0).compile()\n"
     )
-    surroundings = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    surroundings |= {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(PROGRAMS)}
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    env |= {"XDG_CACHE_HOME": str(tmp_path)}
 
     def compiled():
-        command = [sys.executable, "-c", program]
-        done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         (entry,) = tmp_path.glob("flax_unet/xla-*/jit__lambda-*-cache")
         return entry, done.stderr
 
-    entry, silence = compiled()
-    whole, written = entry.read_bytes(), entry.stat().st_mtime_ns
-    assert compiled() == (entry, silence) and entry.stat().st_mtime_ns == written
-    entry.write_bytes(whole[: len(whole) // 2])
-    assert "Error reading persistent compilation cache entry" in compiled()[1]
-    assert len(entry.read_bytes()) > len(whole) // 2
+    entry, no_warning = compiled()
+    content, written = entry.read_bytes(), entry.stat().st_mtime_ns
+    assert compiled() == (entry, no_warning) and entry.stat().st_mtime_ns == written
+    entry.write_bytes(content[: len(content) // 2])
+    assert compiled()[1].count("Error reading persistent compilation cache entry") == 1
+    assert len(entry.read_bytes()) > len(content) // 2
     assert "Error" not in compiled()[1]

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-import tfds_kvasir  # noqa: F401 - registers the dataset
+import tfds_kvasir  # noqa: F401 - registers the data set
 from tfds_kvasir.examples import boxes, encode_mask
 from tfds_kvasir.synthetic_polyps.draw import draw
 from tfds_kvasir.synthetic_polyps.synthetic_polyps_dataset_builder import SIZES, examples

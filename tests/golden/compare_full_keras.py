@@ -1,4 +1,4 @@
-"""Compare the tutorial's network at full size with Keras: its outputs, then five Adam steps.
+"""Compare the tutorial's network at full size with Keras: outputs, then five Adam steps.
 
     pip install tensorflow-cpu keras -e .
     python tests/golden/compare_full_keras.py
@@ -7,9 +7,7 @@ Not part of the test suite: it takes some minutes and needs both frameworks.
 """
 
 import platform
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +16,13 @@ import optax
 from flax.traverse_util import unflatten_dict
 from make_keras_golden import ARTICLE, article_keras, from_keras, pictures, variables
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-from recipes import keras_adam  # noqa: E402
-
-from flax_unet.losses import bce  # noqa: E402
-from flax_unet.model import UNet  # noqa: E402
-from flax_unet.train import TrainState, make_train_step  # noqa: E402
+from flax_unet.losses import bce
+from flax_unet.model import UNet
+from flax_unet.recipes import Adam
+from flax_unet.train import TrainState, make_train_step
 
 SIZE, BATCH, STEPS = 256, 8, 5
-MODEL = UNet(features=ARTICLE, group_size=None)
+MODEL = UNet(features=ARTICLE, norm=None)
 
 
 def our_params(model) -> dict:
@@ -43,8 +39,8 @@ def train_ours(tx: optax.GradientTransformation, params: dict, batches: list):
     losses = []
     for image, mask in batches:
         batch = {"image": image, "mask": mask, "weight": np.ones(len(image), np.float32)}
-        state, figures = step(state, batch, jax.random.key(0))
-        losses.append(float(figures["loss"]))
+        state, result = step(state, batch, jax.random.key(0))
+        losses.append(float(result["loss"]))
     return losses, state.params
 
 
@@ -57,7 +53,7 @@ def train_keras(model, batches: list) -> list[float]:
     ]
 
 
-def compare_answers(model) -> None:
+def compare_outputs(model) -> None:
     """Print the largest differences between the logits and probabilities of two images."""
     import keras
 
@@ -69,18 +65,17 @@ def compare_answers(model) -> None:
     logits = jax.jit(MODEL.apply)(
         {"params": our_params(model)}, jnp.asarray(image / 255, jnp.float32)
     )
-    logits_apart = abs(logits - keras_logits).max()
-    proba_apart = abs(jax.nn.sigmoid(logits) - keras_proba).max()
-    print(f"answers at {SIZE}x{SIZE}, batch 2, largest difference:")
-    print(
-        f"  logits {logits_apart:.2e}, of the largest logit {logits_apart / abs(logits).max():.2e}"
-    )
-    print(f"  probabilities {proba_apart:.2e}; spread of the logits {logits.std():.3f}")
-    assert proba_apart < 1e-5
+    logits_error = abs(logits - keras_logits).max()
+    proba_error = abs(jax.nn.sigmoid(logits) - keras_proba).max()
+    relative = logits_error / abs(logits).max()
+    print(f"outputs at {SIZE}x{SIZE}, batch 2, largest difference:")
+    print(f"  logits {logits_error:.2e}, relative to the largest logit {relative:.2e}")
+    print(f"  probabilities {proba_error:.2e}; standard deviation of the logits {logits.std():.3f}")
+    assert proba_error < 1e-5
 
 
 def compare_training(model) -> None:
-    """Print the losses of Keras and ours, with optax's Adam and with Keras' formula for Adam."""
+    """Print the losses of Keras and ours, with Keras' formula for Adam and with optax's."""
     start = our_params(model)
     rng = np.random.default_rng(2)
     batches = [pictures(rng, BATCH, SIZE, SIZE) for _ in range(STEPS)]
@@ -90,20 +85,20 @@ def compare_training(model) -> None:
     print(f"{STEPS} Adam steps, batch {BATCH}, {SIZE}x{SIZE}, loss before each step:")
     print(f"  {'Keras':22}", *(f"{value:.7f}" for value in keras_losses))
     optimizers = {
-        "optax, Keras' epsilon": keras_adam(1e-3),
+        "recipes.Adam": Adam().build(1e-3, STEPS),
         "optax.adam, eps=1e-7": optax.adam(1e-3, b1=0.9, b2=0.999, eps=1e-7),
         "optax.adam, eps=1e-8": optax.adam(1e-3),
     }
-    apart = {}
+    errors = {}
     for name, tx in optimizers.items():
         losses, end = train_ours(tx, start, batches)
-        apart[name] = [abs(a / b - 1) for a, b in zip(losses, keras_losses, strict=True)]
-        way = optax.tree.norm(optax.tree.sub(start, keras_end))
-        off = optax.tree.norm(optax.tree.sub(end, keras_end)) / way
+        errors[name] = [abs(a / b - 1) for a, b in zip(losses, keras_losses, strict=True)]
+        path = optax.tree.norm(optax.tree.sub(start, keras_end))
+        distance = optax.tree.norm(optax.tree.sub(end, keras_end)) / path
         print(f"  {name:22}", *(f"{value:.7f}" for value in losses))
-        print(f"  {'':22}", *(f"{value:9.1e}" for value in apart[name]), "relative to Keras")
-        print(f"  {'':22}", f"weights end {off:.2f} of Keras' way from Keras' end")
-    assert max(apart["optax, Keras' epsilon"]) < 1e-4
+        print(f"  {'':22}", *(f"{value:9.1e}" for value in errors[name]), "relative error")
+        print(f"  {'':22}", f"distance of the final weights, relative to the path: {distance:.2f}")
+    assert max(errors["recipes.Adam"]) < 1e-4
 
 
 def main() -> None:
@@ -115,7 +110,7 @@ def main() -> None:
     keras.utils.set_random_seed(0)
     model = article_keras(ARTICLE, dropout=[0] * len(ARTICLE))
     print(f"{model.count_params():,} parameters")
-    compare_answers(model)
+    compare_outputs(model)
     compare_training(model)
 
 

@@ -23,7 +23,7 @@ DROPOUT = (0.1, 0.1, 0.2, 0.2, 0.3, 0.3)
 def article_keras(features: Sequence[int], dropout: Sequence[float] = DROPOUT):
     """The tutorial's network in Keras: images in [0, 256], of any size, to probabilities.
 
-    Its layers have the names of our parameter tree, with dots instead of slashes, which Keras
+    Its layers are named like our parameter tree, with dots instead of the slashes that Keras
     forbids; the output of the layer "head" is the logits.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -87,7 +87,7 @@ def pictures(rng: np.random.Generator, n: int, height: int, width: int):
 
 
 def main() -> None:
-    """Run the narrow network for its outputs; build the tutorial's for its initial parameters."""
+    """Record the narrow network's outputs and the tutorial's initial parameters."""
     full = {
         path: from_keras(path, variable.numpy())
         for path, variable in variables(article_keras(ARTICLE)).items()
@@ -101,8 +101,8 @@ def main() -> None:
     weights = variables(model)
     rng = np.random.default_rng(0)
     for path, variable in weights.items():
-        # Not Keras' own initial values: zero biases would hide mistakes, and in so narrow a
-        # network some units would be dead.
+        # Not Keras' initial values: zero biases would hide mistakes, and some units of such a
+        # narrow network would be dead.
         bias = path.endswith("bias")
         scale = 0.3 if bias else 1.4 / np.sqrt(np.prod(variable.shape[:-1]))
         variable.assign(rng.normal(0.5 * bias, scale, variable.shape).astype(np.float32))
@@ -115,7 +115,9 @@ def main() -> None:
     gradients = dict(zip(weights, tape.gradient(loss, list(weights.values())), strict=True))
     for path, gradient in gradients.items():
         alive = np.mean(gradient.numpy() != 0)
-        assert alive > 0.5, f"{path}: {alive:.0%} of the gradient is not zero: take another seed"
+        assert alive > 0.5, (
+            f"{path}: only {alive:.0%} of the gradient is not zero: use another seed"
+        )
 
     arrays = {f"params/{path}": from_keras(path, w.numpy()) for path, w in weights.items()}
     arrays |= {f"grads/{path}": from_keras(path, g.numpy()) for path, g in gradients.items()}
