@@ -87,7 +87,7 @@ def test_learning_curves_show_the_history(tmp_path, figures):
 
 def test_the_reliability_diagram_shows_every_bin_that_is_not_empty(tmp_path, figures):
     counts = Reliability(
-        count=np.array([80, 0, 20, 400]),
+        pixels=np.array([80, 0, 20, 400]),
         probability_sum=np.array([16.0, 0, 12, 360]),
         positives=np.array([8, 0, 15, 300]),
     )
