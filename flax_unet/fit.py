@@ -21,7 +21,7 @@ class Epoch(NamedTuple):
     Attributes:
         number: 1, 2, ...
         state: the state after it. The next epoch donates it: use or copy it before that.
-        records: of its steps, as JSON: what a restart needs in the middle of an epoch.
+        records: one per step, as JSON: what resuming in the middle of an epoch needs.
         metrics: `metrics.summary` over its images; None if it was stopped before its end.
         seconds: how long it took.
         images: how many images it trained on in this time, fewer than all after a restart.

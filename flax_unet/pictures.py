@@ -17,7 +17,7 @@ MAX_PIXELS = 100_000_000
 
 
 class DataError(ValueError):
-    """A picture, a data set or a flag that names one is unusable; the message says which."""
+    """A picture or a data set is unusable, or its flags are; the message says which."""
 
 
 def as_float(image: jax.Array) -> jax.Array:

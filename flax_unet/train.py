@@ -162,9 +162,9 @@ def train_step(
         state: its `step` selects the randomness, so that step n is the same after a restart.
         batch: `image`, `mask` and `weight`, see above.
         key: the run's PRNG key, the same for every step.
-        model: a Linen module called with an image. If its `__call__` has them, it is also given
-            `train=True` and `weight=weight`, which keeps padding images out of its batch
-            statistics. Dropout keys come from `rngs={"dropout": key}`.
+        model: a Linen module called with an image, and with `train=True` and `weight=weight` if
+            its `__call__` accepts them; `weight` keeps padding images out of batch statistics.
+            Dropout keys come from `rngs={"dropout": key}`.
         tx: the optimizer.
         loss_fn: (logits, labels) to the loss per image, [B].
         augment: (key, image, mask) to (image, mask).

@@ -5,7 +5,6 @@ of each on the validation split. Finished training runs are reused. Intervals co
 over pictures only: each row is one training run, so the variation over seeds is not included.
 """
 
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -69,7 +68,3 @@ def run(options: Options) -> None:
 
 def main(args: list[str] | None = None) -> int:
     return program.main(Options, run, __doc__, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

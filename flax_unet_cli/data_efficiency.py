@@ -6,7 +6,6 @@ validation split, and draws data-efficiency.png. Finished training runs are reus
 95 % interval over the validation pictures, for one training run and one choice of pictures.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,7 +80,3 @@ def run(options: Options) -> None:
 
 def main(args: list[str] | None = None) -> int:
     return program.main(Options, run, __doc__, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,6 @@
 """Score a run's model: `flax-unet evaluate --workdir runs/`."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,7 +158,3 @@ def panels(batches: list[Scores], i: int) -> np.ndarray:
 
 def main(args: list[str] | None = None) -> int:
     return program.main(Options, run, __doc__, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,6 @@
 predict, evaluate and train --init take such a folder wherever they take a workdir.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,7 +41,3 @@ def run(options: Options) -> None:
 
 def main(args: list[str] | None = None) -> int:
     return program.main(Options, run, __doc__, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -81,7 +81,3 @@ def run(options: Options) -> int:
 
 def main(args: list[str] | None = None) -> int:
     return program.main(Options, run, __doc__, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -271,7 +270,3 @@ def report(line: dict[str, Any], epochs: int, events: Any) -> None:
 def main(args: list[str] | None = None) -> int:
     listed = "\n\n".join(f"{name}: {recipe.about}" for name, recipe in RECIPES.items())
     return program.main(Options, run, f"{__doc__}\n\nRecipes:\n\n{listed}", args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

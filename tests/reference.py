@@ -95,7 +95,7 @@ def soft_dice(logits, labels, smooth=1.0):
 
 
 def iou_coef(p, y):
-    """The tutorial's metric, over a batch."""
+    """The tutorial's `iou_coef`, computed from all images of a batch together."""
     overlap, total = (y * p).sum(), (y + p).sum()
     return (overlap + 100) / (total - overlap + 100)
 

@@ -1,27 +1,15 @@
 """Data sets in memory, folders of pictures, batches and streams."""
 
-import io
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from drawn import encode, rgb
 
 from flax_unet import data
 from flax_unet.data import Arrays, FolderSource
 from flax_unet.pictures import DataError
-
-
-def encode(array, suffix="png", **options):
-    stream = io.BytesIO()
-    picture = array if isinstance(array, Image.Image) else Image.fromarray(array)
-    picture.save(stream, suffix, **options)
-    return stream.getvalue()
-
-
-def rgb(seed=0, size=(8, 8)):
-    return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
 
 
 def entry(image, mask, name="a"):

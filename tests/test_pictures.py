@@ -1,27 +1,16 @@
 """Decoding, converting and resizing of pictures."""
 
-import io
 import struct
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import encode, rgb
 from PIL import Image
 
 from flax_unet import pictures
 from flax_unet.pictures import DataError, open_picture, to_mask, to_rgb
-
-
-def encode(array, suffix="png", **options):
-    stream = io.BytesIO()
-    picture = array if isinstance(array, Image.Image) else Image.fromarray(array)
-    picture.save(stream, suffix, **options)
-    return stream.getvalue()
-
-
-def rgb(seed=0, size=(8, 8)):
-    return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
 
 
 def decoded_rgb(*picture):
