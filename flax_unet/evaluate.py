@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 
 from flax_unet import boundary, data, metrics, pictures
 from flax_unet.losses import bce
+from flax_unet.model import accepted
 from flax_unet.train import Loss, make_eval_step
 
 RATIOS = (metrics.dice, metrics.iou, metrics.precision, metrics.recall)
@@ -189,19 +190,21 @@ def score_picture(proba: np.ndarray, true: np.ndarray, tolerance: float = 1.0) -
 
 def report(
     batches: Sequence[Scores],
-    *,
-    polyp_sizes: dict[str, tuple[float, float]] = POLYP_SIZES,
 ) -> tuple[dict[str, Any], metrics.Confusion, metrics.Reliability]:
     """The report on a scored data set.
 
     Args:
         batches: everything that `score` yielded.
-        polyp_sizes: classes of pictures by the fraction [low, high) that is foreground.
 
     Returns:
         The report (a JSON-serialisable dict), the counts per image [N, C] at the network's size,
         and the reliability.
+
+    Raises:
+        ValueError: there are no batches.
     """
+    if not batches:
+        raise ValueError("there is nothing to report: `score` yielded no batches")
     rows = [
         {"name": name, **scores}
         for batch in batches
@@ -213,13 +216,13 @@ def report(
     reliability = _add([batch.reliability for batch in batches])
     by_size = {
         name: mean_scores([x for x in rows if low <= x["foreground_fraction"] < high])
-        for name, (low, high) in polyp_sizes.items()
+        for name, (low, high) in POLYP_SIZES.items()
     }
     content = {
         **values,
         "dice_per_image_interval": dice_interval,
         "iou_per_image_interval": iou_interval,
-        "polyp_sizes": polyp_sizes,
+        "polyp_sizes": POLYP_SIZES,
         "own_size": {
             **mean_scores(rows),
             "by_polyp_size": by_size,
@@ -249,7 +252,7 @@ def mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def cost(model: Any, variables: Any, batches: Sequence[Scores]) -> dict[str, float | None]:
-    """Parameters, GFLOP per image as XLA counts them, and images per second of the network.
+    """Parameters, GFLOP per image as XLA counts them on a CPU, and images per second.
 
     Args:
         model, variables: as `score` takes them.
@@ -259,7 +262,8 @@ def cost(model: Any, variables: Any, batches: Sequence[Scores]) -> dict[str, flo
     shapes = jax.eval_shape(lambda v: (v, jnp.zeros(shape, jnp.float32)), variables)
     try:  # only on the CPU backend does JAX estimate the work before it compiles
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            counted = jax.jit(model.apply).lower(*shapes).cost_analysis() or {}
+            apply = partial(model.apply, **accepted(model, train=False))
+            counted = jax.jit(apply).lower(*shapes).cost_analysis() or {}
         flop = counted.get("flops")
     except (RuntimeError, NotImplementedError):  # JAX_PLATFORMS may exclude the CPU
         flop = None

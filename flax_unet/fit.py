@@ -87,11 +87,14 @@ def fit(
         model, tx, loss_fn, augment=augment, accumulate=accumulate, remat=remat, mesh=mesh
     )
     steps_per_epoch, step, rows = -(-n // batch_size), int(state.step), list(records)
-    if step % steps_per_epoch != len(rows):
+    if step % steps_per_epoch != len(rows) % steps_per_epoch:
         raise ValueError(
             f"the state has made {step % steps_per_epoch} of the {steps_per_epoch} steps of an "
             f"epoch, and there are records of {len(rows)}: use those of the same Epoch"
         )
+
+    if len(rows) == steps_per_epoch:  # of an epoch that was stopped at its end
+        rows = []
 
     def fetch(step: int, result: dict[str, Any], weight: np.ndarray) -> None:
         rows.append(_record(result, weight))

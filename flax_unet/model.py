@@ -10,6 +10,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 
@@ -211,9 +212,11 @@ def space_to_depth(x: jax.Array, size: int) -> jax.Array:
     return x.reshape(b, h // size, w // size, -1)
 
 
-def accepted(module: nn.Module, **options: Any) -> dict[str, Any]:
+def accepted(module: Any, **options: Any) -> dict[str, Any]:
     """Those of the keyword arguments that the module's `__call__` accepts."""
-    parameters = inspect.signature(type(module).__call__).parameters
+    if not callable(module):  # `predict.Mirrored`, which has an `apply` only
+        return {}
+    parameters = inspect.signature(module.__call__).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return options
     return {name: value for name, value in options.items() if name in parameters}
@@ -289,6 +292,10 @@ class UNet(nn.Module):
 
     def _check(self, image: jax.Array) -> tuple[int, int, tuple[float, ...]]:
         """`_shape` and a dropout rate per level; ValueError if something does not fit."""
+        for name in ("features", "num_classes", "convs", "patch"):
+            value = getattr(self, name)
+            if not value or np.min(value) < 1:
+                raise ValueError(f"{name} is {value}: it must be positive")
         (patch, skips), levels = self._shape(), len(self.features)
         if self.encoder is not None and self.patch not in (1, patch):
             raise ValueError(f"patch is {self.patch}, but the encoder's is {patch}: leave it out")
@@ -302,7 +309,7 @@ class UNet(nn.Module):
             raise ValueError(f"dropout has {len(rates)} rates for {levels} levels: give one each")
         if not all(0 <= rate < 1 for rate in rates):
             raise ValueError(f"dropout is {self.dropout}: each rate must be in [0, 1)")
-        if isinstance(self.norm, str) and self.norm not in ("batch", "instance"):
+        if type(self.norm) is not int and self.norm not in ("batch", "instance", None):
             raise ValueError(f"norm is {self.norm!r}: use 'batch', 'instance', a number or None")
         if isinstance(self.norm, int) and (
             self.norm < 1 or any(channels % self.norm for channels in self.features)

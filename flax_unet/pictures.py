@@ -37,13 +37,16 @@ def open_picture(data: bytes | Path, name: str) -> Image.Image:
         name: what error messages call it.
 
     Raises:
-        DataError: it cannot be decoded, or has more than `MAX_PIXELS` pixels.
+        DataError: it cannot be decoded, has more than `MAX_PIXELS` pixels, or has colours of 16
+            bits, which Pillow cuts to 8.
     """
     try:
         picture = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
         if picture.width * picture.height > MAX_PIXELS:
             size = f"{picture.width} x {picture.height}"
             raise DataError(f"{size} pixels, more than {MAX_PIXELS:,}: make it smaller")
+        if picture.tile and ";16" in str(picture.tile[0].args) and not picture.mode.startswith("I"):
+            raise DataError("16-bit colours, of which 8 bits would be lost: convert it to 8 bits")
         picture.load()
         ImageOps.exif_transpose(picture, in_place=True)  # in place, because a copy has no format
         return picture

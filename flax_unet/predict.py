@@ -11,6 +11,7 @@ from PIL import Image
 
 from flax_unet import pictures
 from flax_unet.cpu import compiler_options
+from flax_unet.model import accepted
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Mirrored:
 
     def apply(self, variables: Any, image: jax.Array) -> jax.Array:
         """Logits of an image [B, H, W, C]."""
+        inference = accepted(self.model, train=False)
         views = [
-            jnp.flip(self.model.apply(variables, jnp.flip(image, axes)), axes)
+            jnp.flip(self.model.apply(variables, jnp.flip(image, axes), **inference), axes)
             for axes in ((), (1,), (2,), (1, 2))
         ]
         return jnp.stack(views).mean(0)
@@ -38,7 +40,8 @@ class Mirrored:
 @lru_cache(maxsize=8)
 def _apply(model: Any) -> Any:
     def proba(variables: Any, image: jax.Array) -> jax.Array:
-        logits: Any = model.apply(variables, pictures.as_float(image))
+        inference = accepted(model, train=False)
+        logits: Any = model.apply(variables, pictures.as_float(image), **inference)
         return jax.nn.sigmoid(logits)
 
     return jax.jit(proba, compiler_options=compiler_options())

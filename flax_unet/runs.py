@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+import flax_unet
 from flax_unet import checkpoint, losses, pack, recipes, train
 from flax_unet.efficientnet import with_imagenet
 from flax_unet.model import UNet
@@ -25,7 +26,7 @@ except ImportError:  # Windows
 
 #: Sections of config.json that determine the result; a run with another value is another run.
 DETERMINES = ("settings", "model", "training", "data")
-PACKAGES = ("flax-unet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def configure(recipe: recipes.Recipe, settings: Settings) -> recipes.Recipe:
     Raises:
         ValueError: the settings do not fit the recipe's network.
     """
+    pack.describe(recipe.model)  # refuses a network that config.json could not hold
     recipe = recipes.configure(
         recipe, features=settings.features, encoder=settings.encoder, dtype=settings.dtype
     )
@@ -166,7 +168,7 @@ def to_json(
     settings: Settings, places: Places, recipe: recipes.Recipe, fingerprints: dict[str, str]
 ) -> dict[str, Any]:
     """The content of config.json: `DETERMINES`, and places, device and versions."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "flax-unet": flax_unet.__version__}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout, not installed
             versions[name] = metadata.version(name)
@@ -274,6 +276,8 @@ def check_workdir(workdir: Path, new: dict[str, Any]) -> tuple[dict[str, Any], s
     old, changes = read_config(workdir), {}
     for section in DETERMINES:
         changes |= _differences(old[section], new[section])
+    for split in changes.keys() & new["data"].keys():
+        changes[f"pictures of the {split} split"] = changes.pop(split)
     if not getattr(recipes, new["training"]["optimizer"]["name"]).fixed_length:
         changes.pop("epochs", None)
     if changes:
@@ -288,6 +292,8 @@ def check_workdir(workdir: Path, new: dict[str, Any]) -> tuple[dict[str, Any], s
 
 
 def _check_unused(workdir: Path) -> None:
+    if (workdir / "model.json").exists():
+        raise ValueError(f"{workdir} holds an exported model: choose another --workdir")
     file, allowed = workdir / "metrics.jsonl", 0
     if (workdir / "config.json").exists():
         read_config(workdir)
@@ -372,10 +378,12 @@ def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> T
     Raises:
         FileNotFoundError: the folder holds neither.
         CheckpointError: the checkpoint is missing or damaged.
-        ValueError: the config.json or the model cannot be read.
+        ValueError: the config.json or the model cannot be read, or the folder holds both.
     """
     folder = Path(folder).expanduser().absolute()
     packed = pack.load(folder) if (folder / "model.json").is_file() else None
+    if packed is not None and (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds a run and an exported model: move one of them away")
     content = read_config(folder) if packed is None else packed.about
     try:
         content = upgrade(content)
@@ -390,6 +398,6 @@ def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> T
         with checkpoint.open_checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
             variables, step = checkpoint.restore_variables(checkpoints, abstract, which)
     else:
-        variables, step = packed.variables, content.get("step", 0)
+        variables, step = jax.device_put(packed.variables), content.get("step", 0)
         which = content.get("checkpoint", which)
     return Trained(settings, places, model, variables, loss_fn, step, fingerprints, which)

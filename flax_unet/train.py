@@ -85,24 +85,39 @@ def average_params(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 3))
 def create_train_state(
     model: nn.Module, tx: optax.GradientTransformation, key: jax.Array, image_shape: tuple[int, ...]
 ) -> TrainState:
     """The state before the first step; under `jax.eval_shape`, its shapes and types.
-
-    It is jitted, so `model` and `tx` must be hashable.
 
     Args:
         model: a Linen module called with an image [B, H, W, C].
         tx: the optimizer.
         key: a PRNG key for the initial parameters.
         image_shape: (B, H, W, C); the parameters depend on C alone.
+
+    Raises:
+        ValueError: an attribute of the model, such as a list, is not hashable.
     """
+    try:
+        hash(model)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(model).__name__} has an attribute that is not hashable: use a tuple or "
+            "FrozenDict"
+        ) from error
+    return _create(model, tx, key, tuple(image_shape))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 3))
+def _create(
+    model: nn.Module, tx: optax.GradientTransformation, key: jax.Array, image_shape: tuple[int, ...]
+) -> TrainState:
     # A network draws dozens of times, and threefry compiles several times slower than XLA's own
     # generator, whose values differ between kinds of devices.
     rbg = jax.random.wrap_key_data(jax.random.bits(key, (4,), jnp.uint32), impl="rbg")
-    model_state = dict(model.init(rbg, jnp.zeros(image_shape, jnp.float32)))
+    image = jnp.zeros(image_shape, jnp.float32)
+    model_state = dict(model.init(rbg, image, **accepted(model, train=False)))
     params = model_state.pop("params")
     return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
 
@@ -246,7 +261,8 @@ def _training_arguments(model: nn.Module, weight: jax.Array) -> dict[str, Any]:
         ValueError: the model has another name for `train`, and would be trained as for inference.
     """
     arguments = accepted(model, train=True, weight=weight)
-    others = accepted(model, training=0, is_training=0, deterministic=0, use_running_average=0)
+    names = "training", "is_training", "is_train", "deterministic", "use_running_average"
+    others = accepted(model, **dict.fromkeys(names))
     if "train" not in arguments and others:
         raise ValueError(
             f"{type(model).__name__} has no argument `train` but {', '.join(others)}: wrap it in a "
@@ -265,7 +281,7 @@ def _batch_metrics(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> d
 def eval_step(variables: Any, batch: Batch, *, model: Any, loss_fn: Loss) -> dict[str, Any]:
     """A batch's `loss` per image [B], `iou_coef`, `confusion` [B, C] and `logits` [B, H, W, C]."""
     image, labels, weight = _take(batch)
-    logits: Any = model.apply(variables, as_float(image))
+    logits: Any = model.apply(variables, as_float(image), **accepted(model, train=False))
     labels = labels.astype(jnp.float32)
     loss = loss_fn(logits, labels)
     _check_loss(loss, weight)

@@ -1,4 +1,8 @@
-"""Score a run's model: `flax-unet evaluate --workdir runs/`."""
+"""Score a run's model: `flax-unet evaluate --workdir runs/`.
+
+On a split of the run's data set, or on the pictures in two folders. Writes evaluation-WHAT.json,
+pictures of the best, median and worst prediction, and a reliability diagram.
+"""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +26,7 @@ TOLERANCE = 1.0
 
 @dataclass(frozen=True)
 class Options:
-    """Score a model on a split of its data set, or on the pictures in two folders."""
+    """Flags of evaluate."""
 
     workdir: Annotated[Path, tyro.conf.arg(aliases=["--model"])]
     """Workdir of the run, or folder of an exported model."""

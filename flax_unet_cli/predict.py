@@ -1,4 +1,7 @@
-"""Segment pictures: `flax-unet predict --workdir runs/ --out OUT INPUT...`."""
+"""Segment pictures: `flax-unet predict --workdir runs/ --out OUT INPUT...`.
+
+Writes NAME-mask.png (0 and 255) and NAME-overlay.png for each picture, at its own size.
+"""
 
 import sys
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from flax_unet_cli import program
 
 @dataclass(frozen=True)
 class Options:
-    """Write NAME-mask.png (0 and 255) and NAME-overlay.png for each picture, at its own size."""
+    """Flags of predict."""
 
     workdir: Annotated[Path, tyro.conf.arg(aliases=["--model"])]
     """Workdir of the run whose model is used, or folder of an exported model."""

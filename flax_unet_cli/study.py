@@ -58,7 +58,8 @@ def train_and_score(
     """Dice per validation image after the last epoch: `dice`, and with flips `dice_flips`.
 
     They are kept in a file in the workdir. Its name has a hash of all that determines them, so that
-    a training is repeated if and only if its settings, recipe, data or package versions changed.
+    a training is repeated if and only if its settings, recipe, data, device or package versions
+    changed.
 
     Raises:
         FloatingPointError: the training diverged.
@@ -66,7 +67,7 @@ def train_and_score(
     fingerprints = {split: each.fingerprint for split, each in arrays.items()}
     content = runs.to_json(settings, runs.Places(workdir), recipe, fingerprints)
     content |= {"names": arrays["train"].name}  # of a subset, which has the fingerprint of the set
-    parts = (*runs.DETERMINES, "names", "versions")
+    parts = (*runs.DETERMINES, "names", "device", "versions")
     text = json.dumps([content[part] for part in parts], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:8]
     file = workdir / f"{name.replace(' ', '-')}-{key}.json"

@@ -69,13 +69,18 @@ def run(options: Options) -> int:
         content, changes = runs.check_workdir(workdir, content)
         if changes:
             print(f"warning: resuming with other versions, device or places: {changes}")
-        runs.write_atomically(workdir / "config.json", json.dumps(content, indent=2) + "\n")
         if checkpoints.latest_step() is not None:
             state, progress = checkpoint.restore(checkpoints, runs.abstract_state(training))
             records = progress["records"]
             print(f"resuming after step {int(state.step)}")
+            done = int(state.step) // -(-pictures.n // settings.batch_size)
+            content["settings"]["epochs"] = max(done, settings.epochs)
         assert state is not None
-        train(options, training, pictures, key, state, records, checkpoints, stop)
+        runs.write_atomically(workdir / "config.json", json.dumps(content, indent=2) + "\n")
+        try:
+            train(options, training, pictures, key, state, records, checkpoints, stop)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}, in another --workdir: this one is kept") from error
     if stop:
         name = signal.Signals(stop[0]).name
         print(f"{name}: the state is saved; run the same command again to resume")
@@ -155,16 +160,15 @@ def train(
         print(f"all {first} epochs are done" + ("" if fixed else "; ask for more with --epochs"))
     events, resident = event_writer(workdir, int(state.step)), data.to_device(validation)
 
-    def progress_bar(epoch: int, done: int = 0) -> tqdm:
-        return tqdm(
-            desc=f"epoch {epoch}/{settings.epochs}",
-            total=n,
-            initial=done,
-            unit=" images",
-            leave=False,
-            dynamic_ncols=True,
-            disable=epoch > settings.epochs,
-        )
+    bar = tqdm(
+        desc=f"epoch {first + 1}/{settings.epochs}",
+        total=n,
+        initial=len(records) * settings.batch_size,
+        unit=" images",
+        leave=False,
+        dynamic_ncols=True,
+        disable=first >= settings.epochs,
+    )
 
     def on_step(images: int, record: dict[str, Any]) -> None:
         bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
@@ -186,9 +190,9 @@ def train(
         on_step=on_step,
         stop=lambda: bool(stop),
     )
-    with progress_bar(first + 1, len(records) * settings.batch_size) as bar:
+    with bar:
         for epoch in epochs:
-            bar.close()
+            bar.clear()
             if epoch.metrics is None:  # the next start completes the epoch
                 checkpoint.save(checkpoints, epoch.state, {"records": epoch.records})
                 return
@@ -211,7 +215,9 @@ def train(
                 save_samples(file, training.model, epoch.state.variables, validation)
             dice = scores["dice_per_image"]
             checkpoint.save(checkpoints, epoch.state, {"records": []}, dice=dice)
-            bar = progress_bar(epoch.number + 1)
+            bar.set_description(f"epoch {epoch.number + 1}/{settings.epochs}", refresh=False)
+            bar.initial = 0
+            bar.reset()
 
 
 def metrics_line(

@@ -194,8 +194,8 @@ def test_a_score_equals_sklearns_and_its_distances_are_in_percent_of_the_diagona
         assert evaluate.score_picture(proba, true, tolerance)["surface_dice"] == expected
 
 
-def report_on(source, **options):
-    return evaluate.report(list(evaluate.score(Bright(), {}, source, 64)), **options)
+def report_on(source):
+    return evaluate.report(list(evaluate.score(Bright(), {}, source, 64)))
 
 
 def test_a_report_scores_pictures_at_their_own_sizes_and_by_the_size_of_the_polyp():
@@ -230,13 +230,9 @@ def test_a_report_scores_pictures_at_their_own_sizes_and_by_the_size_of_the_poly
     json.dumps(content)
 
 
-def test_the_classes_of_polyp_sizes_are_an_argument():
-    source, truth = drawn(12)
-    content, *_ = report_on(source, polyp_sizes={"tiny": (0, 0.03), "other": (0.03, 1.01)})
-    tiny = sum(mask.mean() < 0.03 for _, mask in truth)
-    by_size = content["own_size"]["by_polyp_size"]
-    assert {k: v["n_images"] for k, v in by_size.items()} == {"tiny": tiny, "other": 12 - tiny}
-    assert 0 < tiny < 12 and content["polyp_sizes"]["tiny"] == (0, 0.03)
+def test_nothing_to_report_is_refused():
+    with pytest.raises(ValueError, match="nothing to report"):
+        evaluate.report([])
 
 
 def test_a_class_may_be_empty_and_a_picture_without_a_polyp_is_not_small():

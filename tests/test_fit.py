@@ -198,10 +198,19 @@ def test_an_update_that_is_not_finite_is_an_error_before_its_epoch_is_yielded(ar
     assert len(calls) == step - 1
 
 
+def test_an_epoch_stopped_at_its_end_is_resumed_with_its_records(arrays, straight):
+    [stopped] = copied(epochs_of(arrays, stop=iter([0, 0, 1]).__next__))
+    assert len(stopped.records) == STEPS and stopped.metrics == straight[0].metrics
+    state = jax.tree.map(jnp.asarray, stopped.state)
+    resumed = copied(epochs_of(arrays, state, records=stopped.records))
+    assert [epoch.number for epoch in resumed] == [2, 3]
+    assert_equal(resumed[-1].state, straight[-1].state)
+
+
 def test_records_of_another_state_are_refused(arrays, straight):
     state = jax.tree.map(jnp.asarray, straight[0].state)
-    with pytest.raises(ValueError, match="made 0 of the 3 steps.*there are records of 3"):
-        next(epochs_of(arrays, state, records=straight[0].records))
+    with pytest.raises(ValueError, match="made 0 of the 3 steps.*there are records of 2"):
+        next(epochs_of(arrays, state, records=straight[0].records[:2]))
     state = state.replace(step=jnp.int32(5))
     with pytest.raises(ValueError, match="made 2 of the 3 steps.*there are records of 0"):
         next(epochs_of(arrays, state))

@@ -156,7 +156,15 @@ def test_an_old_run_is_resumed_to_its_old_end(capsys):
     [warning] = [line for line in out.splitlines() if line.startswith("warning: ")]
     changes = warning.removeprefix("warning: resuming with other versions, device or places: ")
     changed = {change.split(": ")[0] for change in changes.split(", ")}
-    assert changed <= {*runs.PACKAGES, "python", "device", "workdir", "images", "masks"}
+    assert changed <= {
+        *runs.PACKAGES,
+        "flax-unet",
+        "python",
+        "device",
+        "workdir",
+        "images",
+        "masks",
+    }
     assert {"workdir", "images", "masks"} <= changed  # absolute now
     history = [json.loads(x) for x in Path(WORKDIR, "metrics.jsonl").read_text().splitlines()]
     assert len(history) == 3

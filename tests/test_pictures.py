@@ -1,6 +1,7 @@
 """Decoding, converting and resizing of pictures."""
 
 import struct
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,20 @@ def test_grey_beyond_16_bits_is_refused_with_its_range(values):
 def test_a_picture_of_zeros_is_black_in_every_type(dtype):
     black = np.asarray(to_rgb(Image.fromarray(np.zeros((2, 3), dtype))))
     np.testing.assert_array_equal(black, np.zeros((2, 3, 3), np.uint8))
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(2, 3), (6, 4), (4, 2)])
+def test_16_bit_colours_are_refused_because_pillow_drops_half_of_their_bits(colour, channels):
+    def chunk(kind, content):
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = struct.pack(">IIBBBBB", 2, 2, 16, colour, 0, 0, 0)
+    rows = (b"\0" + b"\0\xff" * 2 * channels) * 2
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    with pytest.raises(DataError, match="a.png: .*16-bit colours"):
+        pictures.open_picture(png, "a.png")
 
 
 def test_the_exif_orientation_is_applied():

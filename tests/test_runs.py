@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +115,9 @@ def test_a_recipe_of_ones_own_takes_the_settings_and_is_checked():
     assert configured.loss == "bce_soft_dice"
     with pytest.raises(ValueError, match="image_size 17 is not a multiple of 2"):
         runs.configure(own, replace(SMALL, image_size=17))
+    foreign = replace(own, model=UNet((4,), encoder=nn.Dense(3)))
+    with pytest.raises(ValueError, match="Dense cannot be described, only Encoder can"):
+        runs.configure(foreign, replace(SMALL, features=None))
 
 
 @pytest.mark.parametrize(("images", "steps"), [(1, 3), (8, 3), (9, 6), (80, 30)])
@@ -236,8 +240,19 @@ def test_settings_that_change_the_result_are_refused_and_listed(run, changes, wo
 
 
 def test_other_pictures_are_refused(run):
-    with pytest.raises(ValueError, match="train: 000.* -> 333"):
+    with pytest.raises(ValueError, match="pictures of the train split: 000.* -> 333"):
         runs.check_workdir(run, config_of(run, data=DATA | {"train": "3" * 64}))
+
+
+def test_the_folder_of_an_exported_model_is_no_workdir(run, tmp_path):
+    trained = runs.load_model(run)
+    about = {"settings": {}}
+    pack.save(tmp_path / "out", pack.Packed(trained.model, trained.variables, 16, about))
+    with pytest.raises(ValueError, match="holds an exported model: choose another --workdir"):
+        runs.check_workdir(tmp_path / "out", config_of(tmp_path / "out"))
+    pack.save(run, pack.Packed(trained.model, trained.variables, 16, about))
+    with pytest.raises(ValueError, match="holds a run and an exported model"):
+        runs.load_model(run)
 
 
 def test_another_recipe_of_the_same_name_is_refused(run, monkeypatch):

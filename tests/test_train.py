@@ -11,8 +11,8 @@ import pytest
 import reference
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flax_unet import augment, losses, train
-from flax_unet.model import UNet
+from flax_unet import augment, losses, predict, train
+from flax_unet.model import Dropout, UNet
 
 MODEL = UNet(features=(4, 8), norm=2, dropout=0.2)
 PLAIN = MODEL.clone(dropout=0.0)
@@ -339,6 +339,57 @@ def test_a_module_with_stock_batch_norm_is_trained_and_evaluated():
         result = train.make_eval_step(model, losses.bce)(state.variables, batch)
         logits = model.apply(state.variables, batch["image"] / np.float32(255))
         np.testing.assert_allclose(result["logits"], logits, rtol=1e-5, atol=1e-6)
+
+
+class Required(nn.Module):
+    """A module whose `train` has no default."""
+
+    stride = 1
+
+    @nn.compact
+    def __call__(self, image, train):
+        return nn.Conv(1, (1, 1))(Dropout(0.5)(image, train))
+
+
+class Keywords(nn.Module):
+    """A module that takes any keyword."""
+
+    stride = 1
+
+    @nn.compact
+    def __call__(self, image, **options):
+        return nn.Conv(1, (1, 1))(Dropout(0.5)(image, options["train"]))
+
+
+@pytest.mark.parametrize("model", [Required(), Keywords()])
+def test_a_module_that_demands_train_is_given_it_in_inference(model):
+    batch = make_batch(2, 32)
+    with jax.numpy_rank_promotion("allow"):
+        state, _ = train_briefly(model, 1, batch)
+        expected = model.apply(state.variables, batch["image"] / np.float32(255), train=False)
+        result = train.make_eval_step(model, losses.bce)(state.variables, batch)
+        np.testing.assert_allclose(result["logits"], expected, rtol=1e-5, atol=1e-6)
+        proba = predict.predict_proba(model, state.variables, batch["image"])
+        np.testing.assert_allclose(proba, jax.nn.sigmoid(expected), rtol=1e-5, atol=1e-6)
+        mirrored = predict.Mirrored(model).apply(state.variables, jnp.ones((1, 2, 2, 3)))
+    assert mirrored.shape == (1, 2, 2, 1)
+
+
+class Listed(nn.Module):
+    """A module with an attribute that is not hashable."""
+
+    sizes: np.ndarray
+
+    @nn.compact
+    def __call__(self, image):
+        return nn.Conv(1, (1, 1))(image)
+
+
+def test_a_module_that_is_not_hashable_is_refused_by_name():
+    with pytest.raises(
+        ValueError, match="Listed has an attribute that is not hashable: use a tuple"
+    ):
+        train_briefly(Listed(np.zeros(3)))
 
 
 def test_a_module_without_training_arguments_is_trained():
