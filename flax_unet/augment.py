@@ -57,16 +57,17 @@ def random_affine(
     shear: float = 10.0,
     shift: float = 0.1,
     elastic: float = 0.0,
+    outside: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Flip, rotate, scale, shear, shift and bend each image and its mask in one resampling.
 
     Each of the two flips has probability 1/2; rotation, shear and shift are uniform. Pixels from
-    outside the image are black in the image and background in the mask.
+    outside the image are black in the image and `outside` in the mask.
 
     Args:
         key: a PRNG key.
         image: [B, H, W, C], uint8 or float in [0, 1].
-        mask: [B, H, W, K] of 0 and 1.
+        mask: uint8 [B, H, W, K] of any values: 0 and 1, or class indices and `classes.IGNORE`.
         rotation: maximum in degrees, in either direction.
         scale: maximum factor; its inverse is the minimum. Uniform in the logarithm.
         shear: maximum in degrees, in either direction.
@@ -74,9 +75,11 @@ def random_affine(
         elastic: standard deviation, as a fraction of height and width, of the displacements of a
             5x5 grid of knots, interpolated cubically in between. After Simard, Steinkraus, Platt:
             "Best Practices for Convolutional Neural Networks", ICDAR 2003, who displace each pixel.
+        outside: value of the mask outside the image.
 
     Returns:
-        The image, float32 in [0, 1], and the mask, uint8: 1 where its resampled value is >= 0.5.
+        The image, float32 in [0, 1], and the mask, uint8: at each pixel the value that has most of
+        the weight in a bilinear interpolation.
     """
 
     def bend(key: jax.Array, height: int, width: int) -> jax.Array:
@@ -92,10 +95,14 @@ def random_affine(
             shear=shear * u[4],
             shift=shift * u[5:] * jnp.array([height, width]),
         )
-        both = jnp.concatenate([as_float(image), mask.astype(jnp.float32)], axis=-1)
+        # In one array, because gathering takes most of the time; outside of it are zeros.
+        labels = mask.astype(jnp.float32) - outside
+        both = jnp.concatenate([as_float(image), labels], axis=-1)
         displacement = bend(jax.random.fold_in(key, 1), height, width) if elastic else None
-        both = warp(both, matrix, displacement)
-        return both[..., :channels], (both[..., channels:] >= 0.5).astype(jnp.uint8)
+        pixels, dy, dx = sample(both, matrix, displacement)
+        image = interpolate([x[..., :channels] for x in pixels], dy, dx)
+        labels = vote([x[..., channels:] for x in pixels], dy, dx)
+        return image, (labels + outside).astype(jnp.uint8)
 
     return jax.vmap(per_image)(_keys(key, image), image, mask)
 
@@ -130,6 +137,41 @@ def affine(
 def warp(image: jax.Array, matrix: jax.Array, displacement: jax.Array | None = None) -> jax.Array:
     """Resample an image at affinely mapped positions, bilinearly, with zeros around the image.
 
+    For the arguments see `sample`.
+
+    Returns:
+        Float32 [H, W, C].
+    """
+    return interpolate(*sample(image, matrix, displacement))
+
+
+def interpolate(pixels: list[jax.Array], dy: jax.Array, dx: jax.Array) -> jax.Array:
+    """Bilinear interpolation of what `sample` returns: [H, W, C]."""
+    above = pixels[0] * (1 - dx) + pixels[1] * dx
+    below = pixels[2] * (1 - dx) + pixels[3] * dx
+    return above * (1 - dy) + below * dy
+
+
+def vote(pixels: list[jax.Array], dy: jax.Array, dx: jax.Array) -> jax.Array:
+    """The value with the largest bilinear weight in what `sample` returns: [H, W, C].
+
+    Of two values with the same weight it is the larger one. For 0 and 1 that is `interpolate` at
+    least 0.5.
+    """
+    weights = (1 - dx) * (1 - dy), dx * (1 - dy), (1 - dx) * dy, dx * dy
+    best, most = pixels[0], -1.0
+    for value in pixels:
+        weight = sum(jnp.where(x == value, w, 0.0) for x, w in zip(pixels, weights, strict=True))
+        wins = (weight > most) | ((weight == most) & (value > best))
+        best, most = jnp.where(wins, value, best), jnp.where(wins, weight, most)
+    return best
+
+
+def sample(
+    image: jax.Array, matrix: jax.Array, displacement: jax.Array | None = None
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """The four neighbours of affinely mapped positions.
+
     Args:
         image: float32 [H, W, C].
         matrix: [2, 3]; the output pixel at (row, column) is sampled at matrix @ (row, column, 1).
@@ -137,32 +179,33 @@ def warp(image: jax.Array, matrix: jax.Array, displacement: jax.Array | None = N
         displacement: [H, W, 2], rows and columns added to each sampling position.
 
     Returns:
-        Float32 [H, W, C].
+        The pixels above left, above right, below left and below right of each position, [H, W, C],
+        0 outside the image; and the position's distance from the first in rows and columns,
+        [H, W, 1] in [0, 1).
     """
     height, width, _ = image.shape
     centre = (height - 1) / 2, (width - 1) / 2
     row = jnp.arange(height)[:, None] - centre[0]
     column = jnp.arange(width)[None] - centre[1]
 
-    def sample(axis: int, size: int) -> tuple[jax.Array, jax.Array]:
+    def position(axis: int, size: int) -> tuple[jax.Array, jax.Array]:
         """Index in `padded` of the pixel before the position, and the fraction beyond it."""
         a, b, c = matrix[axis]
-        position = a * row + b * column + c + centre[axis]
+        x = a * row + b * column + c + centre[axis]
         if displacement is not None:
-            position = position + displacement[..., axis]
-        position = jnp.clip(position, -1, size) + 1
-        before = jnp.floor(position)
-        return before.astype(jnp.int32), (position - before)[..., None]
+            x = x + displacement[..., axis]
+        x = jnp.clip(x, -1, size) + 1
+        before = jnp.floor(x)
+        return before.astype(jnp.int32), (x - before)[..., None]
 
-    (y, dy), (x, dx) = sample(0, height), sample(1, width)
+    (y, dy), (x, dx) = position(0, height), position(1, width)
     padded = jnp.pad(image, ((1, 2), (1, 2), (0, 0)))
 
     def pixel(y: jax.Array, x: jax.Array) -> jax.Array:
         return padded.at[y, x].get(mode="promise_in_bounds")
 
-    above = pixel(y, x) * (1 - dx) + pixel(y, x + 1) * dx
-    below = pixel(y + 1, x) * (1 - dx) + pixel(y + 1, x + 1) * dx
-    return above * (1 - dy) + below * dy
+    pixels = [pixel(y, x), pixel(y, x + 1), pixel(y + 1, x), pixel(y + 1, x + 1)]
+    return pixels, dy, dx
 
 
 def random_colour(

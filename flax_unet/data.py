@@ -22,6 +22,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from flax_unet import classes
 from flax_unet.pictures import (
     DataError,
     open_picture,
@@ -207,6 +208,27 @@ def _split_of(stem: str) -> str:
     return "train" if fraction < 0.8 else "validation" if fraction < 0.9 else "test"
 
 
+def check(image: Any, mask: Any) -> None:
+    """Raise ValueError if images or masks in memory have other values than they should have.
+
+    Args:
+        image: uint8, or float in [0, 1].
+        mask: see `classes.check_mask`; not one of 0 and 255, which is a common form of 0 and 1.
+    """
+    if image.dtype != np.uint8 and not ((image >= 0) & (image <= 1)).all():
+        raise ValueError(
+            f"the image has type {image.dtype} and values from {image.min()} to {image.max()}: use "
+            "uint8, or float in [0, 1]"
+        )
+    classes.check_mask(mask)
+    if mask.dtype != bool and mask.max() == (ignore := classes.IGNORE):
+        if classes.largest_counted(mask) == 0:
+            raise ValueError(
+                f"the mask has no values but 0 and {ignore}, and {ignore} means that a pixel does "
+                f"not count: use 0 and 1, as in (mask == {ignore}).astype(np.uint8)"
+            )
+
+
 def to_device(arrays: Arrays) -> Arrays:
     """Copy to the first device; `batches` then yields indices, so no image moves per step."""
     return arrays._replace(image=jax.device_put(arrays.image), mask=jax.device_put(arrays.mask))
@@ -230,10 +252,14 @@ def batches(
     Yields:
         `image` uint8 [B, H, W, 3], `mask` uint8 [B, H, W, 1], `weight` float32 [B]. For arrays on a
         device: the entire `image` and `mask`, the rows `index` int32 [B], and `weight`.
+
+    Raises:
+        ValueError: the images or masks have values that no network can be trained on.
     """
+    check(arrays.image, arrays.mask)
     order = np.arange(len(arrays.image)) if order is None else order
     for start in range(0, len(order), batch_size):
-        index, weight = _pad(order[start : start + batch_size], batch_size)
+        index, weight = pad(order[start : start + batch_size], batch_size)
         if isinstance(arrays.image, jax.Array):
             resident = {"image": arrays.image, "mask": arrays.mask}
             yield resident | {"index": index.astype(np.int32), "weight": weight}
@@ -241,7 +267,7 @@ def batches(
             yield {"image": arrays.image[index], "mask": arrays.mask[index], "weight": weight}
 
 
-def _pad(real: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def pad(real: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices repeated to the batch size, and weights: 1 for the real ones, 0 for the padding."""
     return np.resize(real, batch_size), (np.arange(batch_size) < len(real)).astype(np.float32)
 
@@ -270,7 +296,7 @@ def stream(
     size = (size, size) if isinstance(size, int) else size
 
     def stack(pairs: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> dict[str, np.ndarray]:
-        index, weight = _pad(np.arange(len(pairs)), batch_size)
+        index, weight = pad(np.arange(len(pairs)), batch_size)
         images, masks, _ = zip(*(pairs[i] for i in index), strict=True)
         return {"image": np.stack(images), "mask": np.stack(masks), "weight": weight}
 

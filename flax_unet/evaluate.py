@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_unet import boundary, data, metrics, pictures
+from flax_unet import boundary, classes, data, metrics, pictures
 from flax_unet.losses import bce
 from flax_unet.model import accepted
 from flax_unet.train import Loss, make_eval_step
@@ -58,6 +58,7 @@ def evaluate(
 
     Raises:
         DataError: the data set is empty.
+        ValueError: its images or masks have other values than the model needs.
     """
     if not len(arrays.image):
         raise pictures.DataError("the data set is empty")
@@ -66,6 +67,7 @@ def evaluate(
         result = step(variables, batch)
         del result["logits"]
         pending.append(result)
+    classes.check_mask(arrays.mask, pending[0]["confusion"].tp.shape[-1])
     return _summary(jax.device_get(pending), len(arrays.image))
 
 
@@ -141,7 +143,8 @@ def score(
             index = range(start, min(start + batch_size, len(source)))
             names, images, masks, true = zip(*pool.map(decode, index), strict=True)
             image, mask = np.stack(images), np.stack(masks)
-            [batch] = data.batches(data.Arrays(image, mask, list(names), ""), batch_size)
+            rows, weight = data.pad(np.arange(len(index)), batch_size)
+            batch = {"image": image[rows], "mask": mask[rows], "weight": weight}
             if step is None:  # compiled before it is timed
                 step = _eval_step(model, loss_fn)
                 step = step.lower(variables, batch).compile()

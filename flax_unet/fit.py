@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,6 +13,8 @@ from jax.sharding import Mesh
 
 from flax_unet import data, metrics
 from flax_unet.augment import Augment
+from flax_unet.classes import check_mask
+from flax_unet.model import accepted
 from flax_unet.train import Batch, Loss, TrainState, make_train_step
 
 
@@ -81,7 +84,8 @@ def fit(
 
     Raises:
         FloatingPointError: a loss or an update is not finite.
-        ValueError: `state` and `records`, or `batches` and `batch_size`, do not fit together.
+        ValueError: `state` and `records`, or `batches` and `batch_size`, do not fit together, or
+            the images or masks have other values than the model needs.
     """
     step_fn = make_train_step(
         model, tx, loss_fn, augment=augment, accumulate=accumulate, remat=remat, mesh=mesh
@@ -102,11 +106,18 @@ def fit(
         if on_step is not None:
             on_step(int(weight.sum()), rows[-1])
 
+    channels: int | None = None
     for epoch in range(step // steps_per_epoch, epochs):
         done, stopped, started = len(rows) * batch_size, False, time.perf_counter()
         # The metrics of a step are fetched while the device runs the next one.
         pending: list[tuple[int, dict[str, Any], np.ndarray]] = []
         for batch in batches(data.shuffled(n, seed, epoch)[done:]):
+            if channels is None:
+                data.check(batch["image"], batch["mask"])
+                channels = _channels(model, state.variables, batch["image"])
+                check_mask(batch["mask"], channels)
+            elif "index" not in batch:  # the arrays on a device stay the same
+                check_mask(batch["mask"], channels)
             state, result = step_fn(state, batch, key)
             step += 1
             pending.append((step, result, np.asarray(batch["weight"])))
@@ -128,6 +139,13 @@ def fit(
         if stopped or stop():
             return
         rows = []
+
+
+def _channels(model: Any, variables: Any, image: Any) -> int:
+    """The number of channels of a model's logits."""
+    image = jax.ShapeDtypeStruct((1, *image.shape[1:]), np.float32)
+    apply = partial(model.apply, **accepted(model, train=False))
+    return jax.eval_shape(apply, variables, image).shape[-1]
 
 
 def check_finite(step: int, **values: float) -> None:

@@ -1,6 +1,6 @@
 """Segmentation metrics. Counts add up over images, ratios do not: count, add, then divide once.
 
-    counts = confusion(logits, labels)        # [B, C], per image and class
+    counts = confusion(logits, mask)          # [B, C], per image and class
     dice(counts).mean()                       # Dice per image, averaged
     dice(pooled(counts))                      # Dice of all pixels together
 
@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_unet.losses import same_shape
+from flax_unet import classes
 
 
 class Confusion(NamedTuple):
-    """Pixel counts: true and false positives, false and true negatives."""
+    """Pixel counts of a class against the rest: true and false positives and negatives."""
 
     tp: Any
     fp: Any
@@ -27,8 +27,11 @@ class Confusion(NamedTuple):
     tn: Any
 
 
-def confusion(logits: jax.Array, labels: jax.Array) -> Confusion:
-    """Count the pixels of each image; a positive logit predicts foreground (probability > 0.5).
+def confusion(logits: jax.Array, mask: jax.Array, *, overlapping: bool = False) -> Confusion:
+    """Count the pixels of each image, each class against the rest, as far as they count.
+
+    One class or overlapping classes are predicted where the logit is positive (probability > 0.5),
+    of exclusive classes the one with the largest logit; see `flax_unet.classes`.
 
     >>> logits = jnp.array([2.0, 1.0, -1.0, -3.0]).reshape(1, 2, 2, 1)
     >>> counts = confusion(logits, jnp.array([1, 0, 1, 0]).reshape(1, 2, 2, 1))
@@ -37,25 +40,27 @@ def confusion(logits: jax.Array, labels: jax.Array) -> Confusion:
 
     Args:
         logits: [B, H, W, C].
-        labels: [B, H, W, C], foreground above 0.5.
+        mask: [B, H, W, 1] of class indices, or [B, H, W, C], where a class is above 0.5.
+        overlapping: whether the classes are independent of each other.
 
     Returns:
         Counts, each int32 [B, C].
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes do not fit together.
     """
-    same_shape(logits, labels)
-    predicted, true = logits > 0, labels > 0.5
+    classes.check_shapes(logits, mask)
+    predicted = classes.predicted(logits, overlapping=overlapping)
+    true, counts = classes.truth(mask, logits.shape[-1]) > 0.5, classes.counted(mask)
 
     def count(pixels: jax.Array) -> jax.Array:
         return pixels.sum((1, 2), dtype=jnp.int32)
 
     return Confusion(
         tp=count(predicted & true),
-        fp=count(predicted & ~true),
+        fp=count(predicted & ~true & counts),
         fn=count(~predicted & true),
-        tn=count(~predicted & ~true),
+        tn=count(~predicted & ~true & counts),
     )
 
 
@@ -93,7 +98,9 @@ def accuracy(c: Confusion) -> Any:
     return _ratio(c.tp + c.tn, c.tp + c.fp + c.fn + c.tn)
 
 
-def iou_coef(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> jax.Array:
+def iou_coef(
+    logits: jax.Array, mask: jax.Array, weight: jax.Array, *, overlapping: bool = False
+) -> jax.Array:
     """The tutorial's `iou_coef`: (I + 100) / (S - I + 100), soft and over the entire batch.
 
     I = sum(y p) and S = sum(y + p) with probabilities p. Keras reports the unweighted mean over
@@ -101,19 +108,21 @@ def iou_coef(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> jax.Arr
 
     Args:
         logits: [B, H, W, C].
-        labels: [B, H, W, C] in [0, 1].
+        mask: [B, H, W, 1] of class indices, or [B, H, W, C] in [0, 1].
         weight: [B], 0 for images that pad the batch.
+        overlapping: whether the classes are independent of each other.
 
     Returns:
         Float32 scalar in (0, 1].
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes do not fit together.
     """
-    same_shape(logits, labels)
-    proba, labels = jax.nn.sigmoid(logits.astype(jnp.float32)), labels.astype(jnp.float32)
+    classes.check_shapes(logits, mask)
+    proba = classes.probabilities(logits, overlapping=overlapping)
+    labels, counts = classes.truth(mask, logits.shape[-1]), classes.counted(mask)
     overlap = (weight * (proba * labels).sum((1, 2, 3))).sum()
-    total = (weight * (proba + labels).sum((1, 2, 3))).sum()
+    total = (weight * jnp.where(counts, proba + labels, 0).sum((1, 2, 3))).sum()
     return (overlap + 100) / (total - overlap + 100)
 
 

@@ -233,7 +233,9 @@ class UNet(nn.Module):
     Attributes:
         features: channels of each level; the last is the bottleneck. With an `encoder`, channels of
             each level of the decoder only.
-        num_classes: channels of the logits, each an independent binary mask (sigmoid).
+        num_classes: channels of the logits: one class against the background, or two and more
+            exclusive classes (softmax).
+        overlapping: whether the classes are independent of each other instead (sigmoid).
         convs: 3x3 convolutions per block.
         norm: after each convolution: "batch", "instance", the number of channels per group of a
             group norm, or None. With "batch" the variables include `batch_stats`.
@@ -256,6 +258,7 @@ class UNet(nn.Module):
 
     features: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     num_classes: int = 1
+    overlapping: bool = False
     convs: int = 3
     norm: Norm = "instance"
     dropout: float | tuple[float, ...] = 0.0

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from flax_unet import pictures
+from flax_unet import classes, pictures
 from flax_unet.cpu import compiler_options
 from flax_unet.model import accepted
 
@@ -27,6 +27,10 @@ class Mirrored:
     def stride(self) -> int:
         return self.model.stride
 
+    @property
+    def overlapping(self) -> bool:
+        return classes.is_overlapping(self.model)
+
     def apply(self, variables: Any, image: jax.Array) -> jax.Array:
         """Logits of an image [B, H, W, C]."""
         inference = accepted(self.model, train=False)
@@ -42,7 +46,7 @@ def _apply(model: Any) -> Any:
     def proba(variables: Any, image: jax.Array) -> jax.Array:
         inference = accepted(model, train=False)
         logits: Any = model.apply(variables, pictures.as_float(image), **inference)
-        return jax.nn.sigmoid(logits)
+        return classes.probabilities(logits, overlapping=classes.is_overlapping(model))
 
     return jax.jit(proba, compiler_options=compiler_options())
 
@@ -65,7 +69,7 @@ def predict_proba(model: Any, variables: Any, image: Any) -> jax.Array:
         image: [H, W, 3] or [B, H, W, 3]; uint8, or float in [0, 1].
 
     Returns:
-        Float32 [H, W, C] or [B, H, W, C] in [0, 1].
+        Float32 [H, W, C] or [B, H, W, C] in [0, 1]; `classes.decide` makes masks of them.
 
     Raises:
         ValueError: the image has another rank, type or range.

@@ -186,7 +186,12 @@ def to_json(
         "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
         "versions": versions,
     }
-    return json.loads(json.dumps(content, default=str))  # as it is read back: lists for tuples
+    return _jsonable(content)
+
+
+def _jsonable(content: dict[str, Any]) -> dict[str, Any]:
+    """The content as it is read back: lists for tuples, text for paths."""
+    return json.loads(json.dumps(content, default=str))
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -202,6 +207,9 @@ def read_config(workdir: Path) -> dict[str, Any]:
     try:
         content = upgrade(json.loads(file.read_text()))
         if {*DETERMINES, "places", "device", "versions"} <= content.keys():
+            # What an older version did not know has its default.
+            content["settings"] = _jsonable(asdict(Settings())) | content["settings"]
+            content["model"] = _jsonable(pack.describe(UNet())) | content["model"]
             return content
     except (ValueError, AttributeError, TypeError, KeyError):
         pass
@@ -230,7 +238,7 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
     return content | {
         "settings": settings
         | {"epochs": places["epochs"], "encoder": settings.get("encoder") if pretrained else None},
-        "model": json.loads(json.dumps(model)),  # lists for tuples, as in `to_json`
+        "model": _jsonable(model),
         "training": {
             "loss": old["loss"],
             "augment": dict(zip(augments, old.get("augment") or (), strict=False)),

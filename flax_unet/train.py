@@ -1,8 +1,9 @@
 """The training step: (state, batch, key) to (state, metrics).
 
-A batch is a dict: `image` [B, H, W, 3], uint8 or float in [0, 1]; `mask` [B, H, W, C] of 0 and 1;
-`weight` [B], 0 for padding images, which do not count. With an `index` [B], `image` and `mask` hold
-the entire data set [N, ...] on the device, and the step gathers those rows.
+A batch is a dict: `image` [B, H, W, 3], uint8 or float in [0, 1]; `mask` uint8, see
+`flax_unet.classes`; `weight` [B], 0 for padding images, which do not count. With an `index` [B],
+`image` and `mask` hold the entire data set [N, ...] on the device, and the step gathers those rows.
+A `pixel_weight` [B, H, W, 1] is passed on to the loss.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,14 +19,15 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flax_unet import metrics
+from flax_unet import classes, metrics
 from flax_unet.augment import Augment
 from flax_unet.cpu import compiler_options
 from flax_unet.model import accepted
 from flax_unet.pictures import as_float
 
 Batch = Mapping[str, jax.Array | np.ndarray]
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
+#: (logits, mask), or (logits, mask, pixel_weight) if a batch has that, to the loss per image, [B].
+Loss = Callable[..., jax.Array]
 
 
 @struct.dataclass
@@ -175,13 +177,13 @@ def train_step(
 
     Args:
         state: its `step` selects the randomness, so that step n is the same after a restart.
-        batch: `image`, `mask` and `weight`, see above.
+        batch: `image`, `mask` and `weight`, and perhaps `pixel_weight`, see above.
         key: the run's PRNG key, the same for every step.
         model: a Linen module called with an image, and with `train=True` and `weight=weight` if
             its `__call__` accepts them; `weight` keeps padding images out of batch statistics.
             Dropout keys come from `rngs={"dropout": key}`.
         tx: the optimizer.
-        loss_fn: (logits, labels) to the loss per image, [B].
+        loss_fn: see `Loss`; the mask is float32.
         augment: (key, image, mask) to (image, mask).
         accumulate: number of micro-batches, which run in sequence to save memory (gradient
             accumulation). The update is that of the entire batch, unless images interact (batch
@@ -194,13 +196,16 @@ def train_step(
 
     Raises:
         ValueError: the loss is not one value per image, shapes do not agree, the batch cannot be
-            split into `accumulate` micro-batches, or the model has `train` under another name.
+            split into `accumulate` micro-batches, the model has `train` under another name, or a
+            `pixel_weight` meets an augmentation, which would not move it.
     """
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-    image, labels, weight = _take(batch)
+    image, mask, weight, *extra = _take(batch)
     if augment is not None:
-        image, labels = augment(augment_key, image, labels)
-    image, labels = as_float(image), labels.astype(jnp.float32)
+        if extra:
+            raise ValueError("an augmentation moves no pixel_weight: augment the pictures before")
+        image, mask = augment(augment_key, image, mask)
+    image, mask = as_float(image), mask.astype(jnp.float32)
     if len(image) % accumulate:
         raise ValueError(
             f"{len(image)} images cannot be split into {accumulate} micro-batches: use a multiple"
@@ -210,7 +215,7 @@ def train_step(
     images = jnp.maximum(weight.sum(), jnp.finfo(jnp.float32).tiny)
 
     def total_loss(params: Any, model_state: Any, micro_batch: Any) -> tuple[jax.Array, Any]:
-        image, labels, micro_weight, key = micro_batch
+        image, mask, micro_weight, *extra, key = micro_batch
         logits, model_state = model.apply(
             {"params": params, **model_state},
             image,
@@ -218,7 +223,7 @@ def train_step(
             mutable=list(model_state),
             **_training_arguments(model, micro_weight),
         )
-        loss = loss_fn(logits, labels)
+        loss = loss_fn(logits, mask, *extra)
         _check_loss(loss, micro_weight)
         return (micro_weight * loss).sum() / images, (logits, model_state)
 
@@ -230,14 +235,15 @@ def train_step(
         return (loss + more, optax.tree.add(grads, more_grads), model_state), logits
 
     if accumulate == 1:
-        batch_parts = image, labels, weight, dropout_key
+        batch_parts = image, mask, weight, *extra, dropout_key
         (loss, (logits, model_state)), grads = gradient(
             state.params, state.model_state, batch_parts
         )
     else:
         # Image i goes to micro-batch i % accumulate: each has images of all devices.
         micro_batches = [
-            x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1) for x in (image, labels, weight)
+            x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+            for x in (image, mask, weight, *extra)
         ]
         zeros = jnp.zeros(()), optax.tree.zeros_like(state.params), state.model_state
         (loss, grads, model_state), logits = jax.lax.scan(
@@ -248,7 +254,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     result = {
         "loss": loss,
-        **_batch_metrics(logits, labels, weight),
+        **_batch_metrics(model, logits, mask, weight),
         "update_norm": optax.tree.norm(updates),
     }
     return TrainState(state.step + 1, params, model_state, opt_state), result
@@ -271,29 +277,34 @@ def _training_arguments(model: nn.Module, weight: jax.Array) -> dict[str, Any]:
     return arguments
 
 
-def _batch_metrics(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> dict[str, Any]:
+def _batch_metrics(
+    model: Any, logits: jax.Array, mask: jax.Array, weight: jax.Array
+) -> dict[str, Any]:
+    overlapping = classes.is_overlapping(model)
     return {
-        "iou_coef": metrics.iou_coef(logits, labels, weight),
-        "confusion": metrics.confusion(logits, labels),
+        "iou_coef": metrics.iou_coef(logits, mask, weight, overlapping=overlapping),
+        "confusion": metrics.confusion(logits, mask, overlapping=overlapping),
     }
 
 
 def eval_step(variables: Any, batch: Batch, *, model: Any, loss_fn: Loss) -> dict[str, Any]:
     """A batch's `loss` per image [B], `iou_coef`, `confusion` [B, C] and `logits` [B, H, W, C]."""
-    image, labels, weight = _take(batch)
+    image, mask, weight, *extra = _take(batch)
     logits: Any = model.apply(variables, as_float(image), **accepted(model, train=False))
-    labels = labels.astype(jnp.float32)
-    loss = loss_fn(logits, labels)
+    mask = mask.astype(jnp.float32)
+    loss = loss_fn(logits, mask, *extra)
     _check_loss(loss, weight)
-    return {"loss": loss, **_batch_metrics(logits, labels, weight), "logits": logits}
+    return {"loss": loss, **_batch_metrics(model, logits, mask, weight), "logits": logits}
 
 
-def _take(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The image, mask and weight of a batch, gathered from the data set if it has an `index`."""
-    image, labels, weight = (jnp.asarray(batch[key]) for key in ("image", "mask", "weight"))
+def _take(batch: Batch) -> list[jax.Array]:
+    """Image, mask, weight and perhaps pixel weight, gathered from the data set by the `index`."""
+    keys = ["image", "mask", "weight", *(["pixel_weight"] if "pixel_weight" in batch else [])]
+    arrays = {key: jnp.asarray(batch[key]) for key in keys}
     if "index" in batch:
-        image, labels = (jnp.take(x, batch["index"], axis=0, mode="clip") for x in (image, labels))
-    return image, labels, weight
+        for key in arrays.keys() - {"weight"}:
+            arrays[key] = jnp.take(arrays[key], batch["index"], axis=0, mode="clip")
+    return list(arrays.values())
 
 
 def _check_loss(loss: jax.Array, weight: jax.Array) -> None:

@@ -153,7 +153,9 @@ def test_a_folder_source_does_not_need_tfds(folders):
 
 
 def test_batches_have_one_shape_and_padding_has_weight_0():
-    arrays = Arrays(np.arange(7 * 3).reshape(7, 1, 1, 3), np.arange(7).reshape(7, 1, 1, 1), [], "")
+    arrays = Arrays(
+        np.arange(21, dtype=np.uint8).reshape(7, 1, 1, 3), np.arange(7).reshape(7, 1, 1, 1), [], ""
+    )
     order = np.array([6, 5, 4, 3, 2, 1, 0])
     batches = list(data.batches(arrays, 4, order))
     assert [b["image"].shape for b in batches] == [(4, 1, 1, 3)] * 2
@@ -164,7 +166,9 @@ def test_batches_have_one_shape_and_padding_has_weight_0():
 
 
 def test_batches_of_arrays_on_a_device_are_indices():
-    arrays = Arrays(np.arange(7 * 3).reshape(7, 1, 1, 3), np.arange(7).reshape(7, 1, 1, 1), [], "")
+    arrays = Arrays(
+        np.arange(21, dtype=np.uint8).reshape(7, 1, 1, 3), np.arange(7).reshape(7, 1, 1, 1), [], ""
+    )
     order, resident = np.array([6, 5, 4, 3, 2, 1, 0]), data.to_device(arrays)
     pairs = zip(data.batches(arrays, 4, order), data.batches(resident, 4, order), strict=True)
     for batch, rows in pairs:
