@@ -162,10 +162,11 @@ def test_every_module_is_in_the_map():
 
 def test_help_of_the_network_begins_with_our_text():
     text = pydoc.render_doc(UNet, renderer=pydoc.plaintext)
-    _, signature, text = text.split("\n |  ", 2)
-    assert signature.startswith("UNet(features: ")
-    assert re.match(r"\n \|  A U-Net.*\n \|  Attributes:\n \|      features: ", text, re.DOTALL)
-    assert "Module" not in text.split("Attributes:")[0]
+    signature, *paragraphs = re.split(r"\n \| *\n", text)
+    assert re.search(r"UNet\(\s*(\|\s*)?features: ", signature)
+    attributes = next(i for i, text in enumerate(paragraphs) if "Attributes:" in text)
+    assert paragraphs[0].startswith(" |  A U-Net: ") and "features: " in paragraphs[attributes]
+    assert not any("Module" in text for text in paragraphs[:attributes])
 
 
 # What imports what
