@@ -7,11 +7,13 @@ The network
     cpu           compiler options and formulations for XLA on a CPU
 
 From pictures to batches
-    pictures      files to arrays: decode, resize, RGB images, masks
+    pictures      files to arrays: decode, resize, RGB images
+    formats       what the values of mask files mean
     data          data sets in memory, batches, streams
     augment       random changes of images and masks, on the device
 
 Losses and metrics
+    classes       what logits predict and masks say: one class, exclusive, overlapping
     losses        (logits, labels) to a loss per image
     metrics       counts per image, and Dice, IoU, precision, recall from them
     boundary      distances between the outlines of two masks

@@ -12,7 +12,6 @@ import unicodedata
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +21,13 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from flax_unet import classes
+from flax_unet import classes, formats
+from flax_unet.formats import MaskFormat
 from flax_unet.pictures import (
     DataError,
     open_picture,
     resize_image,
     resize_mask,
-    to_mask,
     to_rgb,
 )
 
@@ -38,33 +37,42 @@ class Arrays(NamedTuple):
 
     Attributes:
         image: uint8 [N, H, W, 3]; a NumPy array, or on a device (see `to_device`).
-        mask: uint8 [N, H, W, 1] of 0 and 1; likewise.
+        mask: uint8 [N, H, W, 1] of 0 and 1 or of class indices, and `classes.IGNORE`; likewise.
         name: N names.
         fingerprint: the source's, see the function `fingerprint`.
+        mask_format: what the values of the mask files meant.
     """
 
     image: np.ndarray | jax.Array
     mask: np.ndarray | jax.Array
     name: list[str]
     fingerprint: str
+    mask_format: MaskFormat = formats.BINARY
 
 
-def decode_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
-    """Decode an entry of a source: an RGB picture and a mask of 0 and 255.
+def decode_pair(example: dict[str, Any], mask_format: MaskFormat) -> tuple[Image.Image, np.ndarray]:
+    """Decode an entry of a source: an RGB picture, and a mask of class indices, uint8 [H, W].
 
     Raises:
-        DataError: one of them is unusable, or their sizes differ.
+        DataError: one of them is unusable, or their sizes or EXIF orientations differ.
     """
     name = example["name"]
     files = example.get("files", (f"image {name}", f"mask {name}"))
-    image = to_rgb(open_picture(example["image"], files[0]), files[0])
-    mask = to_mask(open_picture(example["mask"], files[1]), files[1])
+    image = open_picture(example["image"], files[0])
+    mask = open_picture(example["mask"], files[1])
     if image.size != mask.size:
         raise DataError(
             f"{files[0]} is {image.width}x{image.height} but {files[1]} is "
             f"{mask.width}x{mask.height}: make them the same size"
         )
-    return image, mask
+    turns = image.info["orientation"], mask.info["orientation"]
+    quarter = (turns[0] > 4) != (turns[1] > 4)
+    if turns[0] != turns[1] and not (quarter and image.width != image.height):
+        raise DataError(
+            f"{files[0]} has the EXIF orientation {turns[0]} and {files[1]} {turns[1]}, so it is "
+            "not clear how they belong together: save both upright"
+        )
+    return to_rgb(image, files[0]), formats.read(mask, mask_format, files[1])
 
 
 def fingerprint(source: Sequence[dict[str, Any]]) -> str:
@@ -80,6 +88,7 @@ def fingerprint(source: Sequence[dict[str, Any]]) -> str:
 def load(
     source: Sequence[dict[str, Any]],
     size: int | tuple[int, int],
+    mask_format: MaskFormat | None = None,
     *,
     cache: str | os.PathLike | None = None,
 ) -> Arrays:
@@ -88,6 +97,8 @@ def load(
     Args:
         source: a sequence of `{"name", "image", "mask"}`.
         size: height and width of the arrays.
+        mask_format: what the values of the masks mean; by default found from this source, which
+            takes about as long again.
         cache: a folder for the results. File names contain a hash of the source's content, the size
             and the version of Pillow, whose decoders differ. If a file cannot be written, a warning
             is issued.
@@ -99,20 +110,22 @@ def load(
         raise DataError("the source has no examples: check the folder or the split")
     size = (size, size) if isinstance(size, int) else size
     content, file = fingerprint(source), None
+    mask_format = mask_format or formats.find(source)
     if cache is not None:
-        # "1" is the version of our decoding and resizing: bump it when they change.
-        key = f"1-{content[:32]}-{size[0]}x{size[1]}-pillow{PIL.__version__}"
+        # "2" is the version of our decoding and resizing: bump it when they change.
+        meaning = hashlib.sha256(repr(mask_format).encode()).hexdigest()[:8]
+        key = f"2-{content[:32]}-{meaning}-{size[0]}x{size[1]}-pillow{PIL.__version__}"
         file = Path(cache).expanduser() / f"{key}.npz"
         try:
             with file.open("rb") as stream, np.load(stream) as stored:
-                return Arrays(stored["image"], stored["mask"], stored["name"].tolist(), content)
+                names = stored["name"].tolist()
+                return Arrays(stored["image"], stored["mask"], names, content, mask_format)
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             pass  # missing or damaged: decode again
 
-    decode = partial(_decode, source, size=size)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images, masks, names = zip(*pool.map(decode, range(len(source))), strict=True)
-    arrays = Arrays(np.stack(images), np.stack(masks), list(names), content)
+    decode = partial(_decode, source, size=size, mask_format=mask_format)
+    images, masks, names = zip(*formats.map_all(decode, range(len(source))), strict=True)
+    arrays = Arrays(np.stack(images), np.stack(masks), list(names), content, mask_format)
     if file is not None:
         part = file.with_suffix(f".{os.getpid()}.part")
         try:
@@ -128,10 +141,10 @@ def load(
 
 
 def _decode(
-    source: Sequence[dict[str, Any]], i: int, size: tuple[int, int]
+    source: Sequence[dict[str, Any]], i: int, size: tuple[int, int], mask_format: MaskFormat
 ) -> tuple[np.ndarray, np.ndarray, str]:
     example = source[i]
-    image, mask = decode_pair(example)
+    image, mask = decode_pair(example, mask_format)
     return resize_image(image, size), resize_mask(mask, size), example["name"]
 
 
@@ -277,6 +290,8 @@ def stream(
     size: int | tuple[int, int],
     batch_size: int,
     order: np.ndarray | None = None,
+    *,
+    mask_format: MaskFormat,
 ) -> Iterator[dict[str, Any]]:
     """The batches of `batches`, decoded and resized on all cores while they are consumed.
 
@@ -284,7 +299,7 @@ def stream(
     `stream`.
 
     Args:
-        source, size: as `load` takes them.
+        source, size, mask_format: as `load` takes them.
         batch_size, order: as `batches` takes them.
 
     Raises:
@@ -303,5 +318,6 @@ def stream(
     read_options = grain.ReadOptions(
         num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * batch_size
     )
-    decoded = grain.MapDataset.source(order.tolist()).map(partial(_decode, source, size=size))
+    decode = partial(_decode, source, size=size, mask_format=mask_format)
+    decoded = grain.MapDataset.source(order.tolist()).map(decode)
     yield from decoded.to_iter_dataset(read_options).batch(batch_size, batch_fn=stack)

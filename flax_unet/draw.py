@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from flax_unet.metrics import Reliability
@@ -48,6 +48,90 @@ def panels(image: np.ndarray, proba: np.ndarray, mask: np.ndarray | None = None)
     grey = (255 * np.asarray(proba, np.float32)).round().astype(np.uint8)
     grey = np.stack([grey] * 3, axis=-1)
     return np.concatenate([image, grey, overlay(image, proba, mask)], axis=1)
+
+
+def palette(k: int) -> np.ndarray:
+    """Colours of k classes, uint8 [k, 3], the first one black.
+
+    Hues advance by the golden ratio, so that any two neighbours differ, with three brightnesses.
+    """
+    hues = (0.6 + np.arange(k - 1) * 0.618034) % 1
+    values = np.choose(np.arange(k - 1) % 3, [1.0, 0.75, 0.9])
+    hsv = np.stack([hues, np.full(k - 1, 0.75), values], -1)[None]
+    picture = Image.fromarray((hsv * 255).astype(np.uint8), "HSV")
+    return np.concatenate([np.zeros((1, 3), np.uint8), np.asarray(picture.convert("RGB"))[0]])
+
+
+def class_overlay(image: np.ndarray, index: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Blend the colours of classes into an image; class 0 and what does not count stay as they are.
+
+    Args:
+        image: uint8 [H, W, 3].
+        index: uint8 [H, W].
+        colours: from `palette`.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    painted = (index > 0) & (index < len(colours))
+    colour = colours[np.where(painted, index, 0)]
+    return np.where(painted[..., None], (image.astype(int) + colour) // 2, image).astype(np.uint8)
+
+
+def class_panels(image: np.ndarray, index: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Three panels side by side: the image, the true classes over it, the predicted ones.
+
+    For the arguments see `class_overlay`.
+
+    Returns:
+        uint8 [H, 3 W, 3].
+    """
+    colours = palette(256)
+    overlays = [class_overlay(image, x, colours[:255]) for x in (mask, index)]
+    return np.concatenate([image, *overlays], axis=1)
+
+
+def legend(names: Sequence[str], width: int) -> np.ndarray:
+    """The names of classes on their colours, uint8 [H, width, 3]."""
+    font, rows = ImageFont.load_default(12), []
+    x = y = 0
+    for i, name in enumerate(names):
+        step = int(font.getlength(name)) + 26
+        if x and x + step > width:
+            x, y = 0, y + 18
+        rows.append((x, y, i, name))
+        x += step
+    picture = Image.new("RGB", (width, y + 20), "white")
+    draw = ImageDraw.Draw(picture)
+    for x, y, i, name in rows:
+        draw.rectangle((x + 4, y + 4, x + 16, y + 16), tuple(palette(256)[i].tolist()), "grey")
+        draw.text((x + 20, y + 3), name, "black", font)
+    return np.asarray(picture)
+
+
+def save_confusion(path: str | os.PathLike, matrix: np.ndarray, names: Sequence[str]) -> None:
+    """Save a confusion matrix as a PNG: of each true class, the fraction predicted as each class.
+
+    Args:
+        path: the file.
+        matrix: pixels by true (row) and predicted class (column), [K, K].
+        names: of the K classes.
+    """
+    from matplotlib.figure import Figure
+
+    k = len(names)
+    figure = Figure(figsize=(2 + 0.5 * k, 1.8 + 0.5 * k), layout="constrained")
+    axes = figure.subplots()
+    fraction = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    axes.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true", xticks=range(k), yticks=range(k))
+    axes.set_xticklabels(names, rotation=90)
+    axes.set_yticklabels(names)
+    for (i, j), value in np.ndenumerate(fraction):
+        colour = "white" if value > 0.5 else "black"
+        axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_title("percent of each true class", fontsize=10)
+    figure.savefig(path, dpi=120)
 
 
 def save_sheet(path: str | os.PathLike, rows: Sequence[np.ndarray]) -> None:

@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_unet import boundary, classes, data, metrics, pictures
+from flax_unet import boundary, classes, data, formats, metrics, pictures
+from flax_unet.classes import IGNORE
+from flax_unet.formats import MaskFormat
 from flax_unet.losses import bce
 from flax_unet.model import accepted
 from flax_unet.train import Loss, make_eval_step
@@ -87,10 +89,11 @@ class Scores(NamedTuple):
     name: list[str]
     image: np.ndarray  # uint8 [n, H, W, 3], at the network's size like all but `own_size`
     mask: np.ndarray  # uint8 [n, H, W, 1]
-    proba: np.ndarray  # float16 [n, H, W, C]: precise enough to draw
+    prediction: np.ndarray  # [n, H, W, 1]: float16 probabilities of one class, uint8 class indices
     result: dict[str, Any]  # of `train.eval_step`, with padding and without logits
-    own_size: list[dict[str, Any]]  # `score_picture`, at each picture's own size
-    reliability: metrics.Reliability  # at the pictures' own sizes
+    own_size: list[list[dict[str, Any]]]  # `score_picture` of each class, at the own sizes
+    reliability: metrics.Reliability  # at the own sizes; of exclusive classes the predicted one's
+    matrix: np.ndarray  # int64 [K, K], at the own sizes: pixels by true and predicted class
     seconds: float  # of the network for one entire batch
 
 
@@ -99,6 +102,7 @@ def score(
     variables: Any,
     source: Sequence[dict[str, Any]],
     size: int,
+    mask_format: MaskFormat | None = None,
     *,
     batch_size: int = 8,
     loss_fn: Loss = bce,
@@ -111,6 +115,7 @@ def score(
         variables: its parameters (and state).
         source: see `flax_unet.data`.
         size: height and width of the network's images.
+        mask_format: what the values of the masks mean; by default found from this source.
         batch_size: pictures at a time; affects `iou_coef`, speed and memory.
         loss_fn: (logits, labels) to the loss per image.
         tolerance: of the surface Dice, in percent of the picture's diagonal.
@@ -124,18 +129,30 @@ def score(
     if not len(source):
         raise pictures.DataError("the data set is empty")
 
+    mask_format = mask_format or formats.find(source)
+
     def decode(i: int) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
         example = source[i]
-        image, mask = data.decode_pair(example)
+        image, mask = data.decode_pair(example, mask_format)
         resized = (
             pictures.resize_image(image, (size, size)),
             pictures.resize_mask(mask, (size, size)),
         )
-        return example["name"], *resized, np.asarray(mask) > 127
+        return example["name"], *resized, mask
 
-    def at_own_size(proba: np.ndarray, true: np.ndarray) -> tuple[Any, metrics.Reliability]:
-        proba = pictures.resize_proba(proba, true.shape)[..., 0]
-        return score_picture(proba, true, tolerance), metrics.reliability(proba, true)
+    def at_own_size(proba: np.ndarray, true: np.ndarray) -> tuple[Any, Any, np.ndarray]:
+        proba, counted = pictures.resize_proba(proba, true.shape), true != IGNORE
+        predicted = classes.decide(proba)[..., 0]
+        found = [1] if proba.shape[-1] == 1 else range(proba.shape[-1])
+        scores = [
+            score_picture(predicted == i, true == i, counted=counted, tolerance=tolerance)
+            for i in found
+        ]
+        correct = true if len(found) == 1 else predicted == true
+        reliability = metrics.reliability(proba.max(-1)[counted], correct[counted])
+        k = max(2, len(found))
+        matrix = np.bincount(true[counted].astype(int) * k + predicted[counted], minlength=k * k)
+        return scores, reliability, matrix.reshape(k, k)
 
     step: Any = None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -151,16 +168,19 @@ def score(
             began = time.perf_counter()
             result = jax.block_until_ready(step(variables, batch))
             seconds = time.perf_counter() - began
-            proba = np.asarray(jax.nn.sigmoid(result.pop("logits")))[: len(index)]
-            own_size, counts = zip(*pool.map(at_own_size, proba, true), strict=True)
+            proba = np.asarray(classes.probabilities(result.pop("logits")))[: len(index)]
+            classes.check_mask(mask, proba.shape[-1])
+            own_size, counts, matrices = zip(*pool.map(at_own_size, proba, true), strict=True)
+            one = proba.shape[-1] == 1
             yield Scores(
                 name=list(names),
                 image=image,
                 mask=mask,
-                proba=proba.astype(np.float16),
+                prediction=proba.astype(np.float16) if one else classes.decide(proba),
                 result=jax.device_get(result),
                 own_size=list(own_size),
                 reliability=_add(counts),
+                matrix=np.sum(matrices, 0),
                 seconds=seconds,
             )
 
@@ -169,20 +189,28 @@ def _add(counts: Sequence[metrics.Reliability]) -> metrics.Reliability:
     return metrics.Reliability(*(np.sum(x, 0) for x in zip(*counts, strict=True)))
 
 
-def score_picture(proba: np.ndarray, true: np.ndarray, tolerance: float = 1.0) -> dict[str, float]:
-    """Counts and metrics of one picture; distances are in percent of its diagonal.
+def score_picture(
+    predicted: np.ndarray,
+    true: np.ndarray,
+    *,
+    counted: np.ndarray | None = None,
+    tolerance: float = 1.0,
+) -> dict[str, float]:
+    """Counts and metrics of a class in one picture; distances are in percent of its diagonal.
 
     Args:
-        proba: [H, W] in [0, 1].
-        true: bool [H, W].
+        predicted, true: bool [H, W].
+        counted: bool [H, W], the pixels that count; all by default.
         tolerance: of the surface Dice, in percent of the diagonal.
     """
-    predicted, percent = proba > 0.5, 100 / np.hypot(*true.shape)
-    pixels = (predicted & true, predicted & ~true, ~predicted & true, ~predicted & ~true)
+    counted = np.ones_like(true) if counted is None else counted
+    predicted, true, percent = predicted & counted, true & counted, 100 / np.hypot(*true.shape)
+    neither = counted & ~predicted & ~true
+    pixels = predicted & true, predicted & ~true, true & ~predicted, neither
     counts = metrics.Confusion(*(int(x.sum()) for x in pixels))
     distances = boundary.distances(predicted, true)
     return {
-        "foreground_fraction": float(true.mean()),
+        "foreground_fraction": float(true.sum() / max(counted.sum(), 1)),
         **counts._asdict(),
         **{ratio.__name__: float(ratio(counts)) for ratio in RATIOS},
         "hd95": percent * boundary.hd95(distances),
@@ -192,12 +220,13 @@ def score_picture(proba: np.ndarray, true: np.ndarray, tolerance: float = 1.0) -
 
 
 def report(
-    batches: Sequence[Scores],
+    batches: Sequence[Scores], names: Sequence[str] = ("background", "foreground")
 ) -> tuple[dict[str, Any], metrics.Confusion, metrics.Reliability]:
     """The report on a scored data set.
 
     Args:
         batches: everything that `score` yielded.
+        names: of the classes.
 
     Returns:
         The report (a JSON-serialisable dict), the counts per image [N, C] at the network's size,
@@ -209,7 +238,7 @@ def report(
     if not batches:
         raise ValueError("there is nothing to report: `score` yielded no batches")
     rows = [
-        {"name": name, **scores}
+        {"name": name, **(scores[0] if len(scores) == 1 else dict(zip(names, scores, strict=True)))}
         for batch in batches
         for name, scores in zip(batch.name, batch.own_size, strict=True)
     ]
@@ -217,23 +246,50 @@ def report(
     ratios = np.stack([metrics.dice(counts).mean(-1), metrics.iou(counts).mean(-1)], axis=-1)
     dice_interval, iou_interval = metrics.bootstrap_interval(ratios)
     reliability = _add([batch.reliability for batch in batches])
-    by_size = {
-        name: mean_scores([x for x in rows if low <= x["foreground_fraction"] < high])
-        for name, (low, high) in POLYP_SIZES.items()
-    }
+    own_size = _by_polyp_size(rows) if counts.tp.shape[-1] == 1 else _by_class(rows, names)
     content = {
         **values,
+        "classes": list(names),
         "dice_per_image_interval": dice_interval,
         "iou_per_image_interval": iou_interval,
-        "polyp_sizes": POLYP_SIZES,
         "own_size": {
-            **mean_scores(rows),
-            "by_polyp_size": by_size,
+            **own_size,
+            "confusion_matrix": np.sum([batch.matrix for batch in batches], 0).tolist(),
             "calibration_error": metrics.calibration_error(reliability),
             "images": rows,
         },
     }
     return content, counts, reliability
+
+
+def _by_polyp_size(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    by_size = {
+        name: mean_scores([x for x in rows if low <= x["foreground_fraction"] < high])
+        for name, (low, high) in POLYP_SIZES.items()
+    }
+    return {**mean_scores(rows), "polyp_sizes": POLYP_SIZES, "by_polyp_size": by_size}
+
+
+def _by_class(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """The scores of each class, and the means of the pooled ratios over classes.
+
+    The second mean leaves out a class `background`, as is usual in medicine.
+    """
+    by_class = {name: mean_scores([row[name] for row in rows]) for name in names}
+    for name, scores in by_class.items():
+        scores["n_images_with_it"] = sum(row[name]["foreground_fraction"] > 0 for row in rows)
+
+    def mean(kept: list[str]) -> dict[str, float]:
+        keys = [ratio.__name__ for ratio in RATIOS]
+        return {key: float(np.mean([by_class[n]["pooled"][key] for n in kept])) for key in keys}
+
+    foreground = [name for name in names if name != "background"]
+    return {
+        "n_images": len(rows),
+        "mean_of_classes": mean(list(names)),
+        "mean_without_background": mean(foreground),
+        "by_class": by_class,
+    }
 
 
 def mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:

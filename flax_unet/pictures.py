@@ -1,4 +1,4 @@
-"""Picture files to arrays: decoding, RGB images, masks, resizing.
+"""Picture files to arrays: decoding, RGB images, resizing. Masks are read by `formats`.
 
 Throughout the library a *picture* is a file or what Pillow makes of it, an *image* is an array.
 """
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 #: Pictures with more pixels are refused before they are decoded.
 MAX_PIXELS = 100_000_000
@@ -30,15 +30,15 @@ def as_float(image: jax.Array) -> jax.Array:
 
 
 def open_picture(data: bytes | Path, name: str) -> Image.Image:
-    """Decode a picture and apply its EXIF orientation.
+    """Decode a picture and apply its EXIF orientation, kept in `info["orientation"]`.
 
     Args:
         data: its encoded bytes, or its file.
         name: what error messages call it.
 
     Raises:
-        DataError: it cannot be decoded, has more than `MAX_PIXELS` pixels, or has colours of 16
-            bits, which Pillow cuts to 8.
+        DataError: it cannot be decoded, has more than `MAX_PIXELS` pixels, several pages or frames,
+            or colours of 16 bits, which Pillow cuts to 8.
     """
     try:
         picture = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
@@ -47,7 +47,11 @@ def open_picture(data: bytes | Path, name: str) -> Image.Image:
             raise DataError(f"{size} pixels, more than {MAX_PIXELS:,}: make it smaller")
         if picture.tile and ";16" in str(picture.tile[0].args) and not picture.mode.startswith("I"):
             raise DataError("16-bit colours, of which 8 bits would be lost: convert it to 8 bits")
+        frames = getattr(picture, "n_frames", 1)
+        if frames > 1 and picture.format != "MPO":  # a JPEG with previews
+            raise DataError(f"{frames} pages or frames: save each as a picture of its own")
         picture.load()
+        picture.info["orientation"] = picture.getexif().get(ExifTags.Base.Orientation, 1)
         ImageOps.exif_transpose(picture, in_place=True)  # in place, because a copy has no format
         return picture
     except Exception as error:  # Pillow's decoders raise a dozen kinds on a broken file
@@ -81,63 +85,26 @@ def to_rgb(picture: Image.Image, name: str = "picture") -> Image.Image:
     return picture.convert("RGB")
 
 
-def to_mask(picture: Image.Image, name: str = "mask") -> Image.Image:
-    """A mask of {0, 1}, or of values near {0, 255} or {0, 65535}, as a picture of 0 and 255.
-
-    "Near" means within an eighth of the range, because JPEG blurs edges. The values of a palette
-    picture are its indices, unless all its colours are black and white.
-
-    Raises:
-        DataError: it has other values, listed in the message; it is transparent in places; or it is
-            a JPEG of {0, 1}, which may be labels or the noise of an empty mask.
-    """
-    if picture.mode in ("LA", "RGBA") and picture.getchannel("A").getextrema()[0] != 255:
-        raise DataError(f"{name}: a mask must be opaque, and this one has transparent pixels")
-    is_jpeg = picture.format in ("JPEG", "MPO")
-    if picture.mode == "P":
-        colours = picture.convert("RGB").getcolors() or []  # None: more than 256
-        black_and_white = {(0, 0, 0), (255, 255, 255)}
-        if colours and {colour for _, colour in colours} <= black_and_white:
-            picture = picture.convert("L")
-    elif not picture.mode.startswith(("I", "F")):
-        picture = picture.convert("L")
-    values = np.asarray(picture)
-    # For 8-bit pictures Pillow's histogram is much faster than np.unique.
-    counts = picture.histogram() if picture.mode in ("L", "P") else None
-    present = np.unique(values) if counts is None else np.flatnonzero(counts)
-    if np.isin(present, (0, 1)).all():
-        threshold = 1
-        if is_jpeg and present.max() == 1:
-            raise DataError(
-                f"{name}: a JPEG of 0 and 1 may hold labels, or the noise of an empty mask: save "
-                "masks as PNG"
-            )
-    else:
-        full = 255 if present.max() <= 255 else 65535
-        threshold = full - full // 8
-        unexpected = present[~(present >= threshold) & ~((present >= 0) & (present <= full // 8))]
-        if unexpected.size or present.max() < threshold:
-            values_shown = (unexpected if unexpected.size else present)[:8]
-            raise DataError(
-                f"{name}: a mask must have the values 0 and 1, or values near 0 and {full}, and "
-                f"this one has {', '.join(map(str, values_shown))}: write {full} where the object "
-                "is and 0 elsewhere"
-            )
-    return Image.fromarray(np.where(values >= threshold, np.uint8(255), np.uint8(0)))
-
-
 def resize_image(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """Resize an RGB picture, antialiased, to (height, width): uint8 [H, W, 3]."""
     return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
-def resize_mask(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """Resize a mask of 0 and 255 to (height, width): uint8 [H, W, 1] of 0 and 1.
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a mask of class indices, uint8 [H, W], to (height, width): uint8 [H, W, 1].
 
-    A pixel is foreground if at least half of its area is.
+    A pixel has the class that covers most of its area; a single class at least half of it.
     """
-    fraction = np.asarray(mask.resize((size[1], size[0]), Image.Resampling.BOX))
-    return (fraction > 127).astype(np.uint8)[..., None]
+
+    def area(of: np.ndarray) -> np.ndarray:
+        picture = Image.fromarray(of * np.uint8(255))
+        return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BOX))
+
+    if mask.max(initial=0) <= 1:
+        return (area(mask) > 127).astype(np.uint8)[..., None]
+    present = np.flatnonzero(np.bincount(mask.ravel()))
+    best = np.argmax([area(mask == value) for value in present], axis=0)
+    return present.astype(np.uint8)[best][..., None]
 
 
 def resize_proba(proba: np.ndarray, size: tuple[int, int]) -> np.ndarray:

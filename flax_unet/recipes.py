@@ -1,5 +1,6 @@
 """Recipes: what to train and how, as data."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from flax_unet import augment, losses, train
+from flax_unet.classes import IGNORE
 from flax_unet.efficientnet import Encoder, Variant
 from flax_unet.model import ARTICLE, UNet
 
@@ -89,6 +91,7 @@ class Recipe:
         augment: functions of `flax_unet.augment` by name, in order, and their settings.
         optimizer: with its learning-rate schedule.
         imagenet: whether the encoder starts with ImageNet weights.
+        class_weight: of exclusive classes, see `losses.cross_entropy`.
     """
 
     about: str
@@ -97,6 +100,7 @@ class Recipe:
     augment: dict[str, dict[str, float]] = field(default_factory=dict)
     optimizer: Adam | AdamW = Adam()
     imagenet: bool = False
+    class_weight: tuple[float, ...] | None = None
 
 
 _STRONG_AUGMENT = {
@@ -157,20 +161,29 @@ RECIPES = {
 }
 
 
+#: The losses for exclusive classes in place of those for one class.
+EXCLUSIVE = {"bce": "cross_entropy", "bce_soft_dice": "cross_entropy_soft_dice"}
+
+
 def configure(
     recipe: Recipe,
     *,
     features: tuple[int, ...] | None = None,
     encoder: Variant | None = None,
     dtype: str = "float32",
+    num_classes: int = 1,
 ) -> Recipe:
     """The recipe with another network.
+
+    With exclusive classes the loss is `EXCLUSIVE[recipe.loss]`, and `random_affine` marks the
+    pixels from outside the image as not counted.
 
     Args:
         recipe: from `RECIPES`, or your own.
         features: channels per level; by default the recipe's.
         encoder: variant of the encoder; by default the recipe's.
         dtype: type of the computation.
+        num_classes: 1, or the number of exclusive classes.
 
     Raises:
         ValueError: the recipe has no encoder, or the number of features is wrong.
@@ -180,6 +193,13 @@ def configure(
     if not 1 <= len(features) <= len(UNet.features) or min(features) < 1:
         raise ValueError(f"features is {features}: give one to six positive numbers")
     changes: dict[str, Any] = {"features": features, "dtype": jnp.dtype(dtype)}
+    if num_classes > 1:
+        changes["num_classes"] = num_classes
+        augments = dict(recipe.augment)
+        if "random_affine" in augments:
+            augments["random_affine"] = augments["random_affine"] | {"outside": IGNORE}
+        loss = EXCLUSIVE.get(recipe.loss, recipe.loss)
+        recipe = replace(recipe, augment=augments, loss=loss)
     if isinstance(model.dropout, tuple):
         changes["dropout"] = model.dropout[: len(features)]
     if model.encoder is not None:
@@ -217,9 +237,15 @@ def build(recipe: Recipe, *, learning_rate: float, steps: int) -> Training:
     return Training(
         recipe.model,
         recipe.optimizer.build(learning_rate, steps),
-        getattr(losses, recipe.loss),
+        loss_of(recipe.loss, recipe.class_weight),
         augment.chain(*augments) if augments else None,
     )
+
+
+def loss_of(name: str, class_weight: Sequence[float] | None = None) -> train.Loss:
+    """The loss of a name in `flax_unet.losses`, with class weights if there are any."""
+    loss = getattr(losses, name)
+    return loss if class_weight is None else partial(loss, class_weight=tuple(class_weight))
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
@@ -229,4 +255,5 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "augment": recipe.augment,
         "optimizer": {"name": type(recipe.optimizer).__name__, **asdict(recipe.optimizer)},
         "imagenet": recipe.imagenet,
+        "class_weight": recipe.class_weight,
     }

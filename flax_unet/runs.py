@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 import flax_unet
-from flax_unet import checkpoint, losses, pack, recipes, train
+from flax_unet import checkpoint, formats, pack, recipes, train
 from flax_unet.efficientnet import with_imagenet
+from flax_unet.formats import BINARY, MaskFormat
 from flax_unet.model import UNet
 
 try:
@@ -25,7 +26,7 @@ except ImportError:  # Windows
     fcntl = None
 
 #: Sections of config.json that determine the result; a run with another value is another run.
-DETERMINES = ("settings", "model", "training", "data")
+DETERMINES = ("settings", "model", "training", "data", "masks")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
 
 
@@ -58,6 +59,9 @@ class Settings:
     """Learning rate, or the peak of a schedule."""
     seed: int = 0
     """Seed of the initial parameters, the order of the images, dropout and augmentation."""
+    class_weights: tuple[float, ...] | Literal["frequency"] | None = None
+    """Weights of exclusive classes in the loss, in their order; frequency: the median frequency of
+    the classes in the training masks divided by each class' own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters are float32."""
 
@@ -80,8 +84,8 @@ class Places:
     """Decode the training pictures in every epoch instead of keeping them on the device."""
 
 
-def recipe_of(settings: Settings) -> recipes.Recipe:
-    """The recipe that the settings name, with their network.
+def recipe_of(settings: Settings, mask_format: MaskFormat = BINARY) -> recipes.Recipe:
+    """The recipe that the settings name, with their network for these masks.
 
     Raises:
         ValueError: a setting is out of range, or the settings do not fit together.
@@ -94,10 +98,12 @@ def recipe_of(settings: Settings) -> recipes.Recipe:
             raise ValueError(f"{name} is {getattr(settings, name)}: it must be positive")
     if not 0 <= settings.seed < 2**63:
         raise ValueError(f"seed is {settings.seed}: it must be in [0, 2^63)")
-    return configure(recipes.RECIPES[settings.recipe], settings)
+    return configure(recipes.RECIPES[settings.recipe], settings, mask_format)
 
 
-def configure(recipe: recipes.Recipe, settings: Settings) -> recipes.Recipe:
+def configure(
+    recipe: recipes.Recipe, settings: Settings, mask_format: MaskFormat = BINARY
+) -> recipes.Recipe:
     """A recipe (built-in or your own) with the settings applied to its network.
 
     Raises:
@@ -105,7 +111,11 @@ def configure(recipe: recipes.Recipe, settings: Settings) -> recipes.Recipe:
     """
     pack.describe(recipe.model)  # refuses a network that config.json could not hold
     recipe = recipes.configure(
-        recipe, features=settings.features, encoder=settings.encoder, dtype=settings.dtype
+        recipe,
+        features=settings.features,
+        encoder=settings.encoder,
+        dtype=settings.dtype,
+        num_classes=mask_format.channels,
     )
     model, size = recipe.model, settings.image_size
     if size % model.stride:
@@ -165,7 +175,11 @@ def _create(training: recipes.Training, key: jax.Array) -> train.TrainState:
 
 
 def to_json(
-    settings: Settings, places: Places, recipe: recipes.Recipe, fingerprints: dict[str, str]
+    settings: Settings,
+    places: Places,
+    recipe: recipes.Recipe,
+    fingerprints: dict[str, str],
+    mask_format: MaskFormat = BINARY,
 ) -> dict[str, Any]:
     """The content of config.json: `DETERMINES`, and places, device and versions."""
     versions = {"python": platform.python_version(), "flax-unet": flax_unet.__version__}
@@ -182,6 +196,7 @@ def to_json(
         "model": pack.describe(model),
         "training": recipes.describe(recipe),
         "data": fingerprints,
+        "masks": formats.to_json(mask_format),
         "places": asdict(places),
         "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
         "versions": versions,
@@ -207,9 +222,6 @@ def read_config(workdir: Path) -> dict[str, Any]:
     try:
         content = upgrade(json.loads(file.read_text()))
         if {*DETERMINES, "places", "device", "versions"} <= content.keys():
-            # What an older version did not know has its default.
-            content["settings"] = _jsonable(asdict(Settings())) | content["settings"]
-            content["model"] = _jsonable(pack.describe(UNet())) | content["model"]
             return content
     except (ValueError, AttributeError, TypeError, KeyError):
         pass
@@ -217,9 +229,21 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 
 def upgrade(content: dict[str, Any]) -> dict[str, Any]:
-    """Convert a config.json of version 0.1.0 to the current format; return others as they are."""
-    if "config" not in content:
-        return content
+    """Convert a config.json of an older version to the current format."""
+    content = _from_0_1_0(content) if "config" in content else dict(content)
+    defaults = {
+        "settings": _jsonable(asdict(Settings())),
+        "model": _jsonable(pack.describe(UNet())),
+        "training": {"class_weight": None},
+        "masks": {},  # not recorded before version 0.3.0
+    }
+    for section in defaults.keys() & content.keys() | {"masks"}:
+        content[section] = defaults[section] | content.get(section, {})
+    return content
+
+
+def _from_0_1_0(content: dict[str, Any]) -> dict[str, Any]:
+    """Convert a config.json of version 0.1.0 to the format of version 0.2.0."""
     content = dict(content)
     settings, places, old = content.pop("config"), content.pop("free"), content["training"]
     pretrained = settings["recipe"] == "pretrained"
@@ -283,7 +307,8 @@ def check_workdir(workdir: Path, new: dict[str, Any]) -> tuple[dict[str, Any], s
         return new, ""
     old, changes = read_config(workdir), {}
     for section in DETERMINES:
-        changes |= _differences(old[section], new[section])
+        if old[section]:
+            changes |= _differences(old[section], new[section])
     for split in changes.keys() & new["data"].keys():
         changes[f"pictures of the {split} split"] = changes.pop(split)
     if not getattr(recipes, new["training"]["optimizer"]["name"]).fixed_length:
@@ -373,6 +398,7 @@ class Trained(NamedTuple):
     loss_fn: train.Loss
     step: int
     fingerprints: dict[str, str]  # of the splits
+    mask_format: MaskFormat | None  # of the masks it was trained on; None if it is not recorded
     checkpoint: str  # best or latest
 
 
@@ -396,7 +422,9 @@ def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> T
     try:
         content = upgrade(content)
         settings, places = from_json(content, folder)
-        loss_fn, fingerprints = getattr(losses, content["training"]["loss"]), content["data"]
+        training, fingerprints = content["training"], content["data"]
+        loss_fn = recipes.loss_of(training["loss"], training.get("class_weight"))
+        masks = content.get("masks") and formats.from_json(content["masks"])
         model = pack.build(content["model"]) if packed is None else packed.model
         image = jnp.zeros((1, model.stride, model.stride, 3))
         abstract = jax.eval_shape(model.init, jax.random.key(0), image)
@@ -408,4 +436,6 @@ def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> T
     else:
         variables, step = jax.device_put(packed.variables), content.get("step", 0)
         which = content.get("checkpoint", which)
-    return Trained(settings, places, model, variables, loss_fn, step, fingerprints, which)
+    return Trained(
+        settings, places, model, variables, loss_fn, step, fingerprints, masks or None, which
+    )

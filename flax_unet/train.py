@@ -302,8 +302,9 @@ def _take(batch: Batch) -> list[jax.Array]:
     keys = ["image", "mask", "weight", *(["pixel_weight"] if "pixel_weight" in batch else [])]
     arrays = {key: jnp.asarray(batch[key]) for key in keys}
     if "index" in batch:
-        for key in arrays.keys() - {"weight"}:
-            arrays[key] = jnp.take(arrays[key], batch["index"], axis=0, mode="clip")
+        for key in keys:  # in order: that of a set differs between processes, and so would the code
+            if key != "weight":
+                arrays[key] = jnp.take(arrays[key], batch["index"], axis=0, mode="clip")
     return list(arrays.values())
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from flax_unet import data, draw, metrics, predict, runs
 from flax_unet.evaluate import RATIOS, Scores, cost, report, score
+from flax_unet.formats import find
 from flax_unet.pictures import DataError
 from flax_unet_cli import program
 from flax_unet_cli.sources import open_sources, protocol, split_of
@@ -72,6 +73,7 @@ def open_split(
 def show(content: dict[str, Any]) -> None:
     """Print what matters of a report."""
     own_size = content["own_size"]
+    counted = {k: v for k, v in content["cost"].items() if v is not None}
     print(
         f"{content['protocol']}, {content['what']}: {content['n_images']} images, "
         f"{content['checkpoint']} checkpoint (step {content['step']})"
@@ -82,7 +84,15 @@ def show(content: dict[str, Any]) -> None:
     pooled = [f"{ratio.__name__}_pooled" for ratio in RATIOS]
     for name in ("precision_per_image", "recall_per_image", *pooled, "accuracy"):
         print(f"  {name:<20}{content[name]:.4f}")
-    print("  at the pictures' own sizes, mean per image (distances in % of the diagonal):")
+    print("  at the pictures' own sizes (means per image; distances in % of the diagonal):")
+    (show_classes if "by_class" in own_size else show_foreground)(own_size)
+    print(f"    calibration error {own_size['calibration_error']:.4f}")
+    for name, value in counted.items():
+        print(f"  {name:<20}{value:{',' if isinstance(value, int) else '.2f'}}")
+
+
+def show_foreground(own_size: dict[str, Any]) -> None:
+    """Print the scores of one class."""
     for name, value in own_size["per_image"].items():
         low, high = value["interval"]
         print(f"    {name:<18}{value['mean']:.4f}   95 % interval {low:.4f} to {high:.4f}")
@@ -90,10 +100,22 @@ def show(content: dict[str, Any]) -> None:
         if values["n_images"]:
             mean, n = values["per_image"]["dice"]["mean"], values["n_images"]
             print(f"    {'dice, ' + polyp:<18}{mean:.4f}   {n} images")
-    print(f"    calibration error {own_size['calibration_error']:.4f}")
-    for name, value in content["cost"].items():
-        if value is not None:
-            print(f"  {name:<20}{value:{',' if isinstance(value, int) else '.2f'}}")
+
+
+def show_classes(own_size: dict[str, Any]) -> None:
+    """Print the scores of exclusive classes."""
+    keys = [ratio.__name__ for ratio in RATIOS]
+    means = {
+        "mean": own_size["mean_of_classes"],
+        "mean without background": own_size["mean_without_background"],
+    }
+    print(f"    {'of all pixels':<24}{''.join(f'{key:>11}' for key in keys)}   images with it")
+    for name, values in own_size["by_class"].items():
+        ratios = "".join(f"{values['pooled'][key]:>11.4f}" for key in keys)
+        print(f"    {name[:23]:<24}{ratios}{values['n_images_with_it']:>17}")
+    for name, values in means.items():
+        if "background" in own_size["by_class"] or name == "mean":
+            print(f"    {name:<24}{''.join(f'{values[key]:>11.4f}' for key in keys)}")
 
 
 def run(options: Options) -> None:
@@ -105,19 +127,21 @@ def run(options: Options) -> None:
     source, what, protocol = open_split(options, trained)
     model = predict.Mirrored(trained.model) if options.flips else trained.model
     n, batches = len(source), []
+    mask_format = trained.mask_format or find(source)
     with tqdm(total=n, unit=" pictures", leave=False) as bar:
         for batch in score(
             model,
             trained.variables,
             source,
             settings.image_size,
+            mask_format,
             batch_size=settings.batch_size,
             loss_fn=trained.loss_fn,
             tolerance=TOLERANCE,
         ):
             batches.append(batch)
             bar.update(len(batch.name))
-    scores, counts, reliability = report(batches)
+    scores, counts, reliability = report(batches, mask_format.names)
     fingerprint = data.fingerprint(source)
     content = {
         "what": what,
@@ -149,15 +173,22 @@ def run(options: Options) -> None:
     out = options.out or options.workdir
     out.mkdir(parents=True, exist_ok=True)
     runs.write_atomically(out / f"{stem}.json", json.dumps(content, indent=2) + "\n")
-    draw.save_sheet(out / f"{stem}.png", [panels(batches, i) for i in chosen])
+    sheet, written = [panels(batches, i) for i in chosen], ".png and -reliability.png"
+    if len(mask_format.names) > 2:
+        sheet.append(draw.legend(mask_format.names, sheet[0].shape[1]))
+        matrix = np.array(scores["own_size"]["confusion_matrix"])
+        draw.save_confusion(out / f"{stem}-confusion.png", matrix, mask_format.names)
+        written = ".png, -confusion.png and -reliability.png"
+    draw.save_sheet(out / f"{stem}.png", sheet)
     draw.save_reliability(out / f"{stem}-reliability.png", reliability)
-    print(f"written: {out / stem}.json, .png and -reliability.png")
+    print(f"written: {out / stem}.json, {written}")
 
 
 def panels(batches: list[Scores], i: int) -> np.ndarray:
     """The panels of picture i."""
     batch, row = batches[i // (size := len(batches[0].name))], i % size
-    return draw.panels(batch.image[row], batch.proba[row, ..., 0], batch.mask[row, ..., 0])
+    make = draw.class_panels if batch.prediction.dtype == np.uint8 else draw.panels
+    return make(batch.image[row], batch.prediction[row, ..., 0], batch.mask[row, ..., 0])
 
 
 def main(args: list[str] | None = None) -> int:

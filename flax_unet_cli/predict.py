@@ -1,6 +1,7 @@
 """Segment pictures: `flax-unet predict --workdir runs/ --out OUT INPUT...`.
 
-Writes NAME-mask.png (0 and 255) and NAME-overlay.png for each picture, at its own size.
+Writes NAME-mask.png and NAME-overlay.png for each picture, at its own size. A mask has 0 and 255,
+or the indices of the classes with a palette.
 """
 
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flax_unet import data, draw, pictures, predict, runs
+from flax_unet.classes import decide
 from flax_unet.pictures import DataError
 from flax_unet_cli import program
 
@@ -31,7 +33,7 @@ class Options:
     checkpoint: Literal["best", "latest"] = "best"
     """best by validation Dice."""
     threshold: float = 0.5
-    """Probability above which a pixel is in the mask."""
+    """Probability above which a pixel is in the mask (of one class)."""
     flips: bool = False
     """Average the prediction over the 4 flips of each image, at 4 times the work."""
 
@@ -64,6 +66,9 @@ def run(options: Options) -> int:
     results = plan(options.inputs, options.out)
     trained = runs.load_model(options.workdir, options.checkpoint)
     model = predict.Mirrored(trained.model) if options.flips else trained.model
+    names = (
+        trained.mask_format.names if trained.mask_format and trained.model.num_classes > 1 else None
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     failures = 0
     for file, (mask_file, overlay_file) in tqdm(results.items(), unit=" pictures", leave=False):
@@ -74,10 +79,18 @@ def run(options: Options) -> int:
             failures += 1
             continue
         size = trained.settings.image_size
-        proba = predict.predict_picture(model, trained.variables, picture, size)[..., 0]
-        mask = proba > options.threshold
-        Image.fromarray(mask * np.uint8(255)).save(mask_file)
-        Image.fromarray(draw.overlay(np.asarray(picture), proba * mask)).save(overlay_file)
+        proba = predict.predict_picture(model, trained.variables, picture, size)
+        mask = decide(proba, threshold=options.threshold)[..., 0]
+        if names is None:
+            result = Image.fromarray(mask * np.uint8(255))
+            overlay = draw.overlay(np.asarray(picture), proba[..., 0] * mask)
+        else:
+            result = Image.fromarray(mask, "P")
+            result.putpalette(draw.palette(256).tobytes())
+            overlay = draw.class_overlay(np.asarray(picture), mask, draw.palette(256))
+            overlay = np.concatenate([overlay, draw.legend(names, picture.width)])
+        result.save(mask_file)
+        Image.fromarray(overlay).save(overlay_file)
     print(f"{len(results) - failures} of {len(results)} pictures segmented into {options.out}")
     return min(failures, 1)
 

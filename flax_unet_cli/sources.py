@@ -1,9 +1,11 @@
-"""The data set that the flags name."""
+"""The data set that the flags name, and what the values of its masks mean."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from flax_unet import data
+from flax_unet.formats import BINARY, MaskFormat, find
 from flax_unet.pictures import DataError
 from flax_unet.runs import Places, Settings
 from flax_unet_cli.program import cache_folder
@@ -42,6 +44,40 @@ def open_sources(settings: Settings, places: Places) -> Sources:
     )
 
 
+@dataclass(frozen=True)
+class MaskFlags:
+    """What the values of masks mean; without a flag it must be clear from the masks themselves."""
+
+    classes: tuple[str, ...] = ()
+    """Names of the classes, background included, of masks that hold their indices; or a text, JSON
+    or CSV file with names, and values or colours (--dataset folder, as the next three)."""
+    foreground: tuple[int, ...] = ()
+    """Values of the foreground; all others are background."""
+    ignore: tuple[int, ...] = ()
+    """Values of pixels that do not count."""
+    mask_threshold: float | None = None
+    """Grey value above which a pixel is foreground."""
+
+
+def mask_format_of(settings: Settings, sources: Sources, flags: MaskFlags) -> MaskFormat:
+    """What the values of the data set's masks mean, from the flags or from all masks.
+
+    Raises:
+        ValueError: it is not clear, or a flag is given for a data set that needs none.
+    """
+    if settings.dataset != "folder":
+        if flags != MaskFlags():
+            raise DataError(f"the masks of {settings.dataset} are known: leave out --classes, ...")
+        return BINARY
+    return find(
+        *sources.values(),
+        names=flags.classes,
+        foreground=flags.foreground,
+        ignore=flags.ignore,
+        threshold=flags.mask_threshold,
+    )
+
+
 def protocol(settings: Settings) -> str | None:
     """The protocol, or None if the data set has no choice of them."""
     if settings.dataset == "folder":
@@ -69,11 +105,13 @@ def split_of(settings: Settings, sources: Sources, split: str) -> Sequence[dict[
     return sources[split]
 
 
-def load_split(settings: Settings, sources: Sources, split: str) -> data.Arrays:
+def load_split(
+    settings: Settings, sources: Sources, split: str, mask_format: MaskFormat
+) -> data.Arrays:
     """One split as arrays, from the cache if it was decoded before.
 
     Raises:
         ValueError: as `split_of`, or a picture is unusable.
     """
     source = split_of(settings, sources, split)
-    return data.load(source, settings.image_size, cache=cache_folder())
+    return data.load(source, settings.image_size, mask_format, cache=cache_folder())

@@ -16,7 +16,7 @@ from flax_unet.efficientnet import imagenet
 from flax_unet.evaluate import evaluate
 from flax_unet.fit import fit
 from flax_unet.recipes import Recipe
-from flax_unet_cli.sources import load_split, open_sources
+from flax_unet_cli.sources import load_split, mask_format_of, open_sources
 from flax_unet_cli.train import Options
 
 
@@ -37,8 +37,12 @@ def open_study(options: Options, *recipes: str, unused: tuple[str, ...]) -> dict
         if recipe.imagenet and recipe.model.encoder is not None:
             imagenet(recipe.model.encoder.variant)
     sources = open_sources(options.settings, options.places)
+    mask_format = mask_format_of(options.settings, sources, options.masks)
+    if mask_format.channels > 1:
+        raise ValueError("this program compares networks for one class: --classes has more")
     return {
-        split: load_split(options.settings, sources, split) for split in ("train", "validation")
+        split: load_split(options.settings, sources, split, mask_format)
+        for split in ("train", "validation")
     }
 
 
@@ -65,7 +69,8 @@ def train_and_score(
         FloatingPointError: the training diverged.
     """
     fingerprints = {split: each.fingerprint for split, each in arrays.items()}
-    content = runs.to_json(settings, runs.Places(workdir), recipe, fingerprints)
+    mask_format = arrays["train"].mask_format
+    content = runs.to_json(settings, runs.Places(workdir), recipe, fingerprints, mask_format)
     content |= {"names": arrays["train"].name}  # of a subset, which has the fingerprint of the set
     parts = (*runs.DETERMINES, "names", "device", "versions")
     text = json.dumps([content[part] for part in parts], sort_keys=True)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,13 +15,22 @@ import numpy as np
 from tqdm import tqdm
 
 from flax_unet import checkpoint, data, draw, runs
+from flax_unet.classes import IGNORE, decide
 from flax_unet.evaluate import evaluate
 from flax_unet.fit import Epoch, check_finite, fit
+from flax_unet.formats import MaskFormat
 from flax_unet.pictures import DataError
 from flax_unet.predict import predict_proba
-from flax_unet.recipes import RECIPES, Training
+from flax_unet.recipes import RECIPES, Recipe, Training
 from flax_unet_cli import program
-from flax_unet_cli.sources import Sources, load_split, open_sources, split_of
+from flax_unet_cli.sources import (
+    MaskFlags,
+    Sources,
+    load_split,
+    mask_format_of,
+    open_sources,
+    split_of,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Options:
 
     places: runs.Places
     settings: runs.Settings = runs.Settings()
+    masks: MaskFlags = MaskFlags()
 
 
 #: Printed before the pictures are opened, because the default command takes hours.
@@ -52,9 +62,12 @@ def run(options: Options) -> int:
         print(SLOW, flush=True)
     print(f"{settings.dataset}: opening the pictures; the first time takes a minute", flush=True)
     sources = open_sources(settings, places)
-    pictures = load_pictures(options, sources)
+    mask_format = mask_format_of(settings, sources, options.masks)
+    print(f"masks: {mask_format}", flush=True)
+    pictures = load_pictures(options, sources, mask_format)
+    recipe = with_class_weights(runs.recipe_of(settings, mask_format), settings, pictures)
     training = runs.build(settings, recipe, pictures.n)
-    content = runs.to_json(settings, places, recipe, fingerprints(sources, pictures))
+    content = runs.to_json(settings, places, recipe, fingerprints(sources, pictures), mask_format)
     init_key, key = jax.random.split(jax.random.key(settings.seed))
     runs.check_workdir(workdir, content)  # before anything is written
     state, records = None, []
@@ -97,7 +110,7 @@ class Pictures(NamedTuple):
     validation: data.Arrays
 
 
-def load_pictures(options: Options, sources: Sources) -> Pictures:
+def load_pictures(options: Options, sources: Sources, mask_format: MaskFormat) -> Pictures:
     """The pictures of a run; the training pictures are on the device unless they are streamed.
 
     Raises:
@@ -108,11 +121,36 @@ def load_pictures(options: Options, sources: Sources) -> Pictures:
     if options.places.stream:
         if find_spec("grain") is None:
             raise DataError("--stream needs grain: pip install 'flax-unet[stream]'")
-        batches = partial(data.stream, source, settings.image_size, size)
+        batches = partial(data.stream, source, settings.image_size, size, mask_format=mask_format)
     else:
-        arrays = data.to_device(load_split(settings, sources, "train"))
+        arrays = data.to_device(load_split(settings, sources, "train", mask_format))
         batches = partial(data.batches, arrays, size)
-    return Pictures(len(source), batches, arrays, load_split(settings, sources, "validation"))
+    validation = load_split(settings, sources, "validation", mask_format)
+    return Pictures(len(source), batches, arrays, validation)
+
+
+def with_class_weights(recipe: Recipe, settings: runs.Settings, pictures: Pictures) -> Recipe:
+    """The recipe with the class weights of the settings.
+
+    Raises:
+        ValueError: there is one class only, or the training masks are streamed or lack a class.
+    """
+    weights, k = settings.class_weights, recipe.model.num_classes
+    if weights is None:
+        return recipe
+    if k == 1:
+        raise ValueError("--class-weights needs --classes with more than two names")
+    if weights == "frequency":
+        if pictures.train is None:
+            raise ValueError("--class-weights frequency does not go with --stream: give numbers")
+        number = np.bincount(np.asarray(pictures.train.mask).ravel(), minlength=IGNORE + 1)[:k]
+        if not number.all():
+            raise ValueError(f"class {number.argmin()} is in no training mask, so it has no weight")
+        weights = tuple((np.median(number) / number).round(4).tolist())
+        print(f"class weights: {weights}")
+    if len(weights) != k:
+        raise ValueError(f"there are {len(weights)} class weights for {k} classes")
+    return replace(recipe, class_weight=weights)
 
 
 def fingerprints(sources: Sources, pictures: Pictures) -> dict[str, str]:
@@ -213,7 +251,7 @@ def train(
             if epoch.number % max(1, settings.epochs // 10) == 0 or epoch.number == settings.epochs:
                 file = workdir / "samples" / f"epoch-{epoch.number:04d}.png"
                 save_samples(file, training.model, epoch.state.variables, validation)
-            dice = scores["dice_per_image"]
+            dice = scores["dice_per_image" if training.model.num_classes == 1 else "dice_pooled"]
             checkpoint.save(checkpoints, epoch.state, {"records": []}, dice=dice)
             bar.set_description(f"epoch {epoch.number + 1}/{settings.epochs}", refresh=False)
             bar.initial = 0
@@ -238,8 +276,14 @@ def save_samples(file: Path, model: Any, variables: Any, arrays: data.Arrays) ->
     """Draw the first four images with their predictions."""
     images, masks = np.asarray(arrays.image[:4]), np.asarray(arrays.mask[:4])
     proba = np.asarray(predict_proba(model, variables, images))
-    rows = zip(images, proba[..., 0], masks[..., 0], strict=True)
-    draw.save_sheet(file, [draw.panels(*row) for row in rows])
+    if proba.shape[-1] == 1:
+        rows = zip(images, proba[..., 0], masks[..., 0], strict=True)
+        sheet = [draw.panels(*row) for row in rows]
+    else:
+        rows = zip(images, decide(proba)[..., 0], masks[..., 0], strict=True)
+        sheet = [draw.class_panels(*row) for row in rows]
+        sheet.append(draw.legend(arrays.mask_format.names, sheet[0].shape[1]))
+    draw.save_sheet(file, sheet)
 
 
 def event_writer(workdir: Path, step: int) -> Any:

@@ -9,6 +9,7 @@ from drawn import encode, rgb
 
 from flax_unet import data
 from flax_unet.data import Arrays, FolderSource
+from flax_unet.formats import BINARY
 from flax_unet.pictures import DataError
 
 
@@ -30,7 +31,7 @@ def folders(tmp_path):
 
 
 def test_load_returns_names_and_pixels():
-    masks = [np.eye(8, dtype=np.uint8), 255 * np.eye(8, dtype=np.uint8)[::-1]]
+    masks = [255 * np.eye(8, dtype=np.uint8), 255 * np.eye(8, dtype=np.uint8)[::-1]]
     arrays = data.load([entry(rgb(i), masks[i], f"n{i}") for i in range(2)], 8)
     np.testing.assert_array_equal(arrays.image, np.stack([rgb(0), rgb(1)]))
     np.testing.assert_array_equal(arrays.mask[..., 0], np.stack([np.eye(8), np.eye(8)[::-1]]))
@@ -40,7 +41,7 @@ def test_load_returns_names_and_pixels():
 
 def test_load_refuses_masks_of_another_size_and_empty_sources():
     with pytest.raises(DataError, match="image a is 8x8 but mask a is 6x8: make them the same"):
-        data.load([entry(rgb(), np.zeros((8, 6), np.uint8))], 8)
+        data.load([entry(rgb(), np.eye(8, 6, dtype=np.uint8))], 8)
     with pytest.raises(DataError, match="the source has no examples"):
         data.load([], 8)
 
@@ -185,7 +186,11 @@ def test_a_stream_yields_the_same_batches_as_arrays_in_memory():
     order = data.shuffled(30, 0, 0)
     size = 8, 6
     arrays = data.load(source, size)
-    pairs = zip(data.stream(source, size, 4, order), data.batches(arrays, 4, order), strict=True)
+    pairs = zip(
+        data.stream(source, size, 4, order, mask_format=BINARY),
+        data.batches(arrays, 4, order),
+        strict=True,
+    )
     for streamed, expected in pairs:
         assert streamed.keys() == expected.keys()
         for key in expected:
@@ -198,7 +203,7 @@ def test_a_broken_picture_in_a_stream_is_named():
     source = [entry(rgb(i), np.eye(8, dtype=np.uint8), f"n{i}") for i in range(4)]
     source[2] = source[2] | {"image": b"no picture"}
     with pytest.raises(DataError, match="image n2: not a readable picture"):
-        list(data.stream(source, 8, 2))
+        list(data.stream(source, 8, 2, mask_format=BINARY))
 
 
 def test_the_order_depends_on_seed_and_epoch_only():

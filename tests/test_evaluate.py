@@ -11,7 +11,7 @@ import reference
 import sklearn.metrics
 from PIL import Image
 
-from flax_unet import boundary, data, evaluate, metrics, predict
+from flax_unet import boundary, data, evaluate, formats, metrics, predict
 from flax_unet.losses import bce_soft_dice
 from flax_unet.model import UNet
 from flax_unet.pictures import DataError
@@ -123,16 +123,16 @@ def test_scores_equal_evaluate_and_predict_picture(variables, batch_size, mirror
     for name in ("image", "mask"):
         stacked = np.concatenate([getattr(batch, name) for batch in batches])
         np.testing.assert_array_equal(stacked, getattr(arrays, name))
-    proba = np.concatenate([batch.proba for batch in batches])
+    proba = np.concatenate([batch.prediction for batch in batches])
     theirs = predict.predict_proba(model, variables, arrays.image)
     np.testing.assert_allclose(proba, theirs, atol=2**-11)  # float16
 
     # At the pictures' own sizes
     rows, total = content["own_size"]["images"], metrics.Reliability(*np.zeros((3, 15)))
     for row, entry, (_, mask) in zip(rows, source, truth, strict=True):
-        picture, _ = data.decode_pair(entry)
+        picture, _ = data.decode_pair(entry, formats.find(source))
         proba = predict.predict_picture(model, variables, picture, 16)[..., 0]
-        expected = evaluate.score_picture(proba, mask, 3.0)
+        expected = evaluate.score_picture(proba > 0.5, mask, tolerance=3.0)
         assert row == {"name": entry["name"], **{k: pytest.approx(v) for k, v in expected.items()}}
         total = metrics.Reliability(
             *(a + b for a, b in zip(total, metrics.reliability(proba, mask), strict=True))
@@ -162,9 +162,10 @@ def test_each_picture_is_opened_decoded_and_predicted_once(monkeypatch):
 
     decode_pair = data.decode_pair
     monkeypatch.setattr(
-        data, "decode_pair", lambda entry: decoded.append(entry["name"]) or decode_pair(entry)
+        data, "decode_pair", lambda e, form: decoded.append(e["name"]) or decode_pair(e, form)
     )
-    batches = list(evaluate.score(Counted(), {}, Source(), 32, batch_size=3))
+    form = formats.find(entries)
+    batches = list(evaluate.score(Counted(), {}, Source(), 32, form, batch_size=3))
     evaluate.report(batches)
     jax.effects_barrier()
     assert sorted(opened) == list(range(7))
@@ -176,7 +177,7 @@ def test_each_picture_is_opened_decoded_and_predicted_once(monkeypatch):
 def test_a_score_equals_sklearns_and_its_distances_are_in_percent_of_the_diagonal():
     rng = np.random.default_rng(0)
     proba, true = rng.random((30, 40)), rng.random((30, 40)) < 0.3
-    score = evaluate.score_picture(proba, true)
+    score = evaluate.score_picture(proba > 0.5, true)
     flat = true.ravel(), proba.ravel() > 0.5
     assert score["foreground_fraction"] == pytest.approx(true.mean())
     assert score["dice"] == pytest.approx(sklearn.metrics.f1_score(*flat))
@@ -191,7 +192,10 @@ def test_a_score_equals_sklearns_and_its_distances_are_in_percent_of_the_diagona
     assert score["assd"] == pytest.approx(2 * boundary.assd(d))
     for tolerance, pixels in ((1.0, 0.5), (4.0, 2.0)):
         expected = boundary.surface_dice(d, pixels)
-        assert evaluate.score_picture(proba, true, tolerance)["surface_dice"] == expected
+        assert (
+            evaluate.score_picture(proba > 0.5, true, tolerance=tolerance)["surface_dice"]
+            == expected
+        )
 
 
 def report_on(source):

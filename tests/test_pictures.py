@@ -11,7 +11,7 @@ from drawn import encode, rgb
 from PIL import Image
 
 from flax_unet import pictures
-from flax_unet.pictures import DataError, open_picture, to_mask, to_rgb
+from flax_unet.pictures import DataError, open_picture, to_rgb
 
 
 def decoded_rgb(*picture):
@@ -103,69 +103,6 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(monkeypatch):
         open_picture(encode(rgb()), "eye")
 
 
-@pytest.mark.parametrize(
-    "values",
-    [[0, 1], [0, 255], [1, 1], [0, 0], [255, 255], [3, 250]],
-    ids=str,
-)
-@pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
-def test_masks_of_0_and_1_or_0_and_the_largest_value_are_read(values, mode):
-    mask = np.array([values], np.uint8)
-    picture = Image.fromarray(mask)
-    if mode == "I;16":
-        picture = Image.fromarray(mask.astype(np.uint16) * (257 if max(values) > 1 else 1))
-    elif mode == "RGB":
-        picture = picture.convert("RGB")
-    expected = mask > 127 if max(values) > 1 else mask == 1
-    np.testing.assert_array_equal(np.asarray(to_mask(picture, "m")) == 255, expected)
-
-
-def test_a_palette_and_a_bilevel_mask_are_read():
-    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
-    palette.putpalette([0, 0, 0, 128, 0, 0])
-    np.testing.assert_array_equal(np.asarray(to_mask(palette, "m")), [[0, 255]])
-    bilevel = Image.fromarray(np.array([[False, True]]))
-    np.testing.assert_array_equal(np.asarray(to_mask(bilevel, "m")), [[0, 255]])
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [([0, 128, 255], "128"), ([0, 1, 2], "0, 1, 2"), ([0, 76, 76], "76")],
-)
-def test_other_values_of_a_mask_are_refused_and_listed(values, words):
-    with pytest.raises(DataError, match=f"mask polyp7: .*has {words}"):
-        to_mask(Image.fromarray(np.array([values], np.uint8)), "mask polyp7")
-
-
-def test_a_black_and_white_palette_is_read_by_its_colours():
-    inverted = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
-    inverted.putpalette([255, 255, 255, 0, 0, 0])
-    np.testing.assert_array_equal(np.asarray(to_mask(inverted)), [[255, 0]])
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        np.array([[0, 100, 200, 300]], np.uint16),
-        np.array([[0, 0.6]], np.float32),
-        np.array([[0, np.nan]], np.float32),
-        np.array([[-1, 0, 1]], np.int32),
-    ],
-)
-def test_other_values_of_16_bit_and_float_masks_are_refused(values):
-    with pytest.raises(DataError, match="mask m: a mask must have"):
-        to_mask(Image.fromarray(values), "mask m")
-
-
-@pytest.mark.parametrize("mode", ["LA", "RGBA"])
-def test_a_mask_with_transparent_pixels_is_refused(mode):
-    white = Image.new(mode, (2, 1), (255,) * len(mode))
-    np.testing.assert_array_equal(np.asarray(to_mask(white, "m")), [[255, 255]])
-    white.putpixel((0, 0), (255,) * (len(mode) - 1) + (0,))
-    with pytest.raises(DataError, match="mask m: a mask must be opaque"):
-        to_mask(white, "mask m")
-
-
 def test_float_grey_is_read_from_0_to_1():
     grey = np.array([[0, 0.5, 1]], np.float32)
     np.testing.assert_array_equal(
@@ -188,10 +125,29 @@ def test_a_picture_with_damaged_exif_is_named(monkeypatch):
 def test_a_mask_is_resized_by_area():
     mask = np.random.default_rng(0).integers(0, 2, (12, 20), np.uint8)
     fraction = mask.reshape(4, 3, 5, 4).mean((1, 3))
-    small = pictures.resize_mask(Image.fromarray(mask * np.uint8(255)), (4, 5))
+    small = pictures.resize_mask(mask, (4, 5))
     assert small.shape == (4, 5, 1) and small.dtype == np.uint8
     clear = abs(fraction - 0.5) > 0.01
     np.testing.assert_array_equal(small[..., 0][clear], (fraction > 0.5)[clear])
+
+
+def test_a_pixel_of_a_resized_mask_has_the_class_that_covers_most_of_it():
+    rng = np.random.default_rng(1)
+    mask = rng.choice(np.array([0, 1, 4, 255], np.uint8), (12, 20))
+    small = pictures.resize_mask(mask, (4, 5))
+    for i, j in np.ndindex(4, 5):
+        square = mask[3 * i : 3 * i + 3, 4 * j : 4 * j + 4]
+        number = np.bincount(square.ravel(), minlength=256)
+        assert number[small[i, j, 0]] == number.max()
+    np.testing.assert_array_equal(pictures.resize_mask(mask, (12, 20))[..., 0], mask)
+
+
+@pytest.mark.parametrize(("kind", "pages"), [("tiff", 3), ("gif", 2), ("webp", 2), ("png", 2)])
+def test_a_picture_of_several_pages_or_frames_is_refused(kind, pages):
+    frames = [Image.fromarray(rgb(i)) for i in range(pages)]
+    several = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+    with pytest.raises(DataError, match=f"stack: .*{pages} pages or frames"):
+        open_picture(several, "stack")
 
 
 def test_an_image_is_resized_with_antialiasing():
@@ -199,35 +155,6 @@ def test_an_image_is_resized_with_antialiasing():
     small = pictures.resize_image(Image.fromarray(stripes), (16, 16))
     assert small.shape == (16, 16, 3)
     assert abs(small.astype(int) - 127.5).max() < 20  # without antialiasing: 0 or 255
-
-
-def test_a_jpeg_mask_of_0_and_1_is_refused_because_it_may_be_noise():
-    labels = np.zeros((16, 16), np.uint8)
-    labels[4:12, 4:12] = 1
-    for values in (labels, np.ones((16, 16), np.uint8)):
-        saved = open_picture(encode(values, "jpeg", quality=100), "m")
-        assert saved.format == "JPEG" and set(np.unique(saved)) <= {0, 1}
-        with pytest.raises(DataError, match="mask m: a JPEG of 0 and 1 may .*: save masks as PNG"):
-            to_mask(saved, "mask m")
-
-
-def test_a_jpeg_mask_of_zeros_is_empty():
-    mask = to_mask(open_picture(encode(np.zeros((16, 16), np.uint8), "jpeg"), "m"))
-    assert not np.asarray(mask).any()
-
-
-def test_a_jpeg_mask_of_0_and_255_is_read():
-    disc = np.add.outer(np.arange(-16, 16) ** 2, np.arange(-16, 16) ** 2) < 100
-    saved = open_picture(encode(disc * np.uint8(255), "jpeg", quality=95), "m")
-    assert len(np.unique(saved)) > 2  # blurred edges
-    np.testing.assert_array_equal(np.asarray(to_mask(saved)) == 255, disc)
-
-
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff"])
-def test_a_mask_of_0_and_1_in_a_lossless_format_is_read(suffix):
-    labels = np.random.default_rng(0).integers(0, 2, (16, 16), np.uint8)
-    mask = to_mask(open_picture(encode(labels, suffix), "m"))
-    np.testing.assert_array_equal(np.asarray(mask), 255 * labels)
 
 
 def test_probabilities_are_resized_per_channel_and_bilinearly():

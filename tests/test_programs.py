@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import sklearn.metrics
 from PIL import Image
 
 from flax_unet import checkpoint, data, fit, runs
@@ -169,7 +170,7 @@ def test_a_run_explains_itself(undisturbed):
     assert names >= {"config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png"}
     assert list((workdir / "tensorboard").glob("events.*"))
     config = json.loads((workdir / "config.json").read_text())
-    parts = {"settings", "model", "training", "data", "places", "device", "versions"}
+    parts = {"settings", "model", "training", "data", "masks", "places", "device", "versions"}
     assert config.keys() == parts
     assert config["settings"]["features"] == [8, 16] and config["settings"]["recipe"] == "unet"
     assert set(config["data"]) == {"train", "validation", "test"} and "jax" in config["versions"]
@@ -1056,3 +1057,106 @@ def test_compiled_code_is_found_again_and_a_damaged_entry_is_replaced(tmp_path):
     assert compiled()[1].count("Error reading persistent compilation cache entry") == 1
     assert len(entry.read_bytes()) > len(content) // 2
     assert "Error" not in compiled()[1]
+
+
+# More than one class
+
+
+@pytest.fixture(scope="module")
+def discs_and_squares(tmp_path_factory):
+    """Forty pictures of a disc and a square on noise; masks in colours, one colour not counted."""
+    root = tmp_path_factory.mktemp("classes")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32]
+    for part in ("images", "masks"):
+        (root / part).mkdir()
+    for i in range(40):
+        cy, cx, sy, sx = rng.uniform(6, 26, 4)
+        disc, square = (y - cy) ** 2 + (x - cx) ** 2 < 36, (abs(y - sy) < 5) & (abs(x - sx) < 5)
+        index = np.select([square, disc], [2, 1])
+        image = rng.normal(60, 20, (32, 32, 3)) + np.eye(3)[index] * 120
+        mask = np.array([(0, 0, 0), (0, 0, 255), (255, 255, 0)], np.uint8)[index]
+        mask[:2] = (9, 9, 9)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / f"images/{i:02d}.png")
+        Image.fromarray(mask).save(root / f"masks/{i:02d}.png")
+    table = {"background": "#000000", "disc": "#0000ff", "square": "#ffff00", "ignore": "#090909"}
+    (root / "classes.json").write_text(json.dumps(table))
+    return root
+
+
+def test_exclusive_classes_from_colours_to_report_masks_and_exported_model(
+    discs_and_squares, tmp_path, capsys
+):
+    root, workdir, out = discs_and_squares, tmp_path / "run", tmp_path / "out"
+    flags = arguments(root, workdir, epochs=8, learning_rate=5e-3, class_weights="frequency")
+    assert train.main([*flags, "--classes", str(root / "classes.json")]) == 0
+    output = capsys.readouterr().out
+    assert "background (0, 0, 0); disc (0, 0, 255); square (255, 255, 0); not counted" in output
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["model"]["num_classes"] == 3 and config["training"]["loss"] == "cross_entropy"
+    assert config["training"]["augment"]["random_affine"]["outside"] == 255
+    assert config["masks"]["names"] == ["background", "disc", "square"]
+    weights = config["training"]["class_weight"]
+    assert weights[0] < 0.3 and min(weights[1:]) > 0.8  # most pixels are background
+    trained = runs.load_model(workdir, "latest")
+    assert trained.mask_format.names == ("background", "disc", "square")
+    assert trained.loss_fn.keywords == {"class_weight": tuple(weights)}
+
+    assert evaluate.main(["--workdir", str(workdir), "--split", "validation"]) == 0
+    report = json.loads((workdir / "evaluation-validation-latest.json").read_text())
+    assert report["dice_pooled"] == pytest.approx(lines(workdir)[-1]["val_dice_pooled"], abs=1e-6)
+    assert (workdir / "evaluation-validation-latest-confusion.png").is_file()
+    assert "mean without background" in capsys.readouterr().out
+
+    # The predictions on disk, read back, have the scores of the report.
+    split = data.FolderSource(root / "images", root / "masks", "validation")
+    names = [entry["name"] for entry in split]
+    pictures = [str(root / "images" / f"{name}.png") for name in names]
+    command = ["--workdir", str(workdir), "--checkpoint", "latest", "--out", str(out)]
+    assert predict.main([*command, *pictures]) == 0
+    true, predicted = [], []
+    for name in names:
+        colours = np.asarray(Image.open(root / f"masks/{name}.png")).astype(int).sum(-1)
+        counts = colours != 27
+        index = np.select([colours == 255, colours == 510], [1, 2])
+        with Image.open(out / f"{name}-mask.png") as picture:
+            assert picture.mode == "P" and len(picture.convert("RGB").getcolors()) > 1
+            predicted.append(np.asarray(picture)[counts])
+        true.append(index[counts])
+        with Image.open(out / f"{name}-overlay.png") as overlay:
+            assert overlay.width == 32 and overlay.height > 32  # with a legend
+    true, predicted = np.concatenate(true), np.concatenate(predicted)
+    matrix = sklearn.metrics.confusion_matrix(true, predicted)
+    np.testing.assert_array_equal(report["own_size"]["confusion_matrix"], matrix)
+    jaccard = sklearn.metrics.jaccard_score(true, predicted, average=None)
+    by_class = report["own_size"]["by_class"]
+    assert [by_class[name]["pooled"]["iou"] for name in by_class] == pytest.approx(jaccard)
+    assert report["own_size"]["mean_of_classes"]["iou"] == pytest.approx(jaccard.mean())
+    assert jaccard.mean() > 0.6
+
+    # An exported model has the same classes, and starts a network with other ones.
+    assert export.main(["--workdir", str(workdir), "--out", str(tmp_path / "model")]) == 0
+    assert runs.load_model(tmp_path / "model").mask_format == trained.mask_format
+    again = arguments(root, tmp_path / "other", epochs=1, init=tmp_path / "model")
+    assert train.main([*again, "--foreground", "0"]) == 1  # the masks have colours
+    (tmp_path / "two.json").write_text(
+        json.dumps({"rest": ["#000000", "#090909"], "object": ["#0000ff", "#ffff00"]})
+    )
+    assert train.main([*again, "--classes", str(tmp_path / "two.json")]) == 0
+
+
+def test_a_run_with_other_classes_is_refused(discs_and_squares, tmp_path, capsys):
+    root = discs_and_squares
+    flags = arguments(root, tmp_path / "run", epochs=1)
+    assert train.main([*flags, "--classes", str(root / "classes.json")]) == 0
+    table = json.loads((root / "classes.json").read_text())
+    renamed = {"sky" if name == "disc" else name: colour for name, colour in table.items()}
+    (tmp_path / "more.json").write_text(json.dumps(renamed))
+    assert train.main([*flags, "--classes", str(tmp_path / "more.json")]) == 1
+    assert "names: " in capsys.readouterr().err
+
+
+def test_masks_of_a_known_data_set_need_no_flags(tmp_path, capsys):
+    flags = ["--workdir", tmp_path, "--data-dir", tmp_path, "--dataset", "synthetic_polyps"]
+    assert train.main([*map(str, flags), "--foreground", "1"]) == 1
+    assert "the masks of synthetic_polyps are known" in capsys.readouterr().err

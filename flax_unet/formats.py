@@ -1,0 +1,381 @@
+"""What the values of mask files mean: declared, or found once for an entire data set.
+
+`find` looks at all masks of a source and returns a `MaskFormat`; `read` applies it to one file. A
+file that contradicts the format is an error: nothing is guessed for one file alone.
+"""
+
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from flax_unet.classes import IGNORE
+from flax_unet.pictures import DataError, open_picture
+
+S = TypeVar("S")
+T = TypeVar("T")
+#: A grey value or the index of a palette, or a colour (red, green, blue).
+Value = int | tuple[int, int, int]
+
+REMEDIES = (
+    "say what the values mean: --foreground VALUE... for one class, --classes NAME... or FILE for "
+    "more, --ignore VALUE for pixels that do not count, --mask-threshold VALUE for a grey threshold"
+)
+
+
+@dataclass(frozen=True)
+class MaskFormat:
+    """What the values of mask files mean.
+
+    Attributes:
+        names: of the classes, in the order of their indices; two names are one class against the
+            background.
+        values: pairs of a value and the index of its class, or `classes.IGNORE`.
+        rest: index of the class of all other values; None if they are errors.
+        threshold: grey values above it are class 1, others 0; `values` and `rest` are not used.
+    """
+
+    names: tuple[str, ...] = ("background", "foreground")
+    values: tuple[tuple[Value, int], ...] = ((0, 0), (1, 1))
+    rest: int | None = None
+    threshold: float | None = None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the logits: two classes are learned as one yes or no."""
+        return 1 if len(self.names) == 2 else len(self.names)
+
+    @property
+    def by_colour(self) -> bool:
+        """Whether the values are colours."""
+        return any(isinstance(value, tuple) for value, _ in self.values)
+
+    def __str__(self) -> str:
+        if self.threshold is not None:
+            return f"{self.names[1]} above {self.threshold:g}"
+        names = dict(enumerate(self.names)) | {IGNORE: "not counted"}
+        text = []
+        for index, name in names.items():
+            if values := [str(value) for value, i in self.values if i == index]:
+                text.append(f"{name} {', '.join(values)}")
+        if self.rest is not None:
+            text.append(f"{names[self.rest]} elsewhere")
+        return "; ".join(text)
+
+
+#: Masks of 0 and 1, as TFDS data sets hold them.
+BINARY = MaskFormat()
+
+
+def to_json(mask_format: MaskFormat) -> dict[str, Any]:
+    """A format as JSON."""
+    return json.loads(json.dumps(vars(mask_format)))
+
+
+def from_json(content: dict[str, Any]) -> MaskFormat:
+    """The format that `to_json` wrote."""
+    values = tuple((tuple(v) if isinstance(v, list) else v, i) for v, i in content["values"])
+    return MaskFormat(**(content | {"names": tuple(content["names"]), "values": values}))
+
+
+def read(picture: Image.Image, mask_format: MaskFormat, name: str = "mask") -> np.ndarray:
+    """A mask as class indices and `IGNORE`, uint8 [H, W].
+
+    Raises:
+        DataError: it is transparent in places, or has a value without a meaning.
+    """
+    if mask_format.threshold is not None:
+        return (_grey(picture, name) > mask_format.threshold).astype(np.uint8)
+    if picture.format in ("JPEG", "MPO"):
+        raise DataError(
+            f"{name}: JPEG changes the values of a mask: save it as PNG, or set --mask-threshold"
+        )
+    values = _packed(picture, name) if mask_format.by_colour else _grey(picture, name)
+    index, known = _look_up(values, mask_format)
+    if not known.all():
+        wrong = np.unique(values[~known])[:8]
+        listed = ", ".join(str(_unpacked(v) if mask_format.by_colour else v) for v in wrong)
+        raise DataError(
+            f"{name}: it has the values {listed}, but the masks of this data set should have "
+            f"{mask_format}. {REMEDIES[0].upper()}{REMEDIES[1:]}"
+        )
+    return index
+
+
+@lru_cache(maxsize=8)
+def _table(mask_format: MaskFormat) -> tuple[np.ndarray, np.ndarray]:
+    """The values, packed and sorted, and their classes."""
+    pairs = sorted((_pack(v) if isinstance(v, tuple) else v, i) for v, i in mask_format.values)
+    return np.array([v for v, _ in pairs]), np.array([i for _, i in pairs], np.uint8)
+
+
+def _look_up(values: np.ndarray, mask_format: MaskFormat) -> tuple[np.ndarray, np.ndarray]:
+    """The class of each value, and whether it has one."""
+    keys, index = _table(mask_format)
+    if values.dtype == np.uint8 and not mask_format.by_colour:  # 20 times as fast as a search
+        classes, known = _look_up(np.arange(256), mask_format)
+        return classes[values], known[values]
+    place = np.searchsorted(keys, values).clip(max=len(keys) - 1)
+    known = keys[place] == values
+    if mask_format.rest is None:
+        return index[place], known
+    return np.where(known, index[place], np.uint8(mask_format.rest)), np.ones_like(known)
+
+
+def _pack(colour: tuple[int, int, int]) -> int:
+    return colour[0] << 16 | colour[1] << 8 | colour[2]
+
+
+def _unpacked(value: int) -> tuple[int, int, int]:
+    return int(value) >> 16, int(value) >> 8 & 255, int(value) & 255
+
+
+def _opaque(picture: Image.Image, name: str) -> Image.Image:
+    """The picture without its alpha channel, which must be opaque."""
+    if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
+        if picture.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+            raise DataError(f"{name}: it has transparent pixels: save masks without transparency")
+        if picture.mode in ("LA", "PA", "RGBA"):
+            return picture.convert({"LA": "L", "PA": "P", "RGBA": "RGB"}[picture.mode])
+    return picture
+
+
+def _packed(picture: Image.Image, name: str) -> np.ndarray:
+    """Colours as red << 16 | green << 8 | blue, int32 [H, W]."""
+    rgb = np.asarray(_opaque(picture, name).convert("RGB"), np.int32)
+    return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
+
+
+def _grey(picture: Image.Image, name: str) -> np.ndarray:
+    """Grey values or palette indices, [H, W]."""
+    picture = _opaque(picture, name)
+    if picture.mode == "1":
+        picture = picture.convert("L")
+    elif picture.mode not in ("L", "P") and not picture.mode.startswith(("I", "F")):
+        rgb = np.asarray(picture.convert("RGB"))
+        if (rgb[..., :1] != rgb[..., 1:]).any():
+            raise DataError(
+                f"{name}: it has colours, and not grey values: name the colours of the classes "
+                "with --classes FILE"
+            )
+        return rgb[..., 0]
+    return np.asarray(picture)
+
+
+# Finding out
+
+
+class _Facts(NamedTuple):
+    """What one mask says about the format."""
+
+    name: str
+    lossy: bool
+    values: frozenset[float]  # grey values or palette indices
+    areas: bool  # whether a value between the extremes fills more than an edge
+    border: float  # fraction of its border in the larger half of the values
+    reversed_palette: bool  # whether its first colour is white, its second black
+
+
+def _look(picture: Image.Image, name: str) -> _Facts:
+    values = _grey(picture, name)
+    present = np.flatnonzero(picture.histogram()) if picture.mode in "LP" else np.unique(values)
+    top = 255 if present.max() <= 255 else 65535
+    between = (values > top / 8) & (values < top * 7 / 8)
+    edge = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+    colours = picture.getpalette() if picture.mode == "P" else None
+    return _Facts(
+        name=name,
+        lossy=picture.format in ("JPEG", "MPO"),
+        values=frozenset(present.tolist()),
+        areas=bool(between.any() and ndimage.binary_erosion(between, iterations=2).any()),
+        border=float((edge > present.max() / 2).mean()),
+        reversed_palette=bool(colours and colours[:6] == [255] * 3 + [0] * 3),
+    )
+
+
+def find(
+    *sources: Sequence[dict[str, Any]],
+    names: Sequence[str] = (),
+    foreground: Sequence[int] = (),
+    ignore: Sequence[int] = (),
+    threshold: float | None = None,
+) -> MaskFormat:
+    """The format of all masks of some sources, as far as it is not declared.
+
+    Without a declaration it must be clear: masks of 0 and 1, or of 0 and 255 or 65535, also with
+    soft edges (antialiasing, JPEG), which are divided at half.
+
+    Args:
+        sources: see `flax_unet.data`.
+        names: of the classes, for masks of their indices; or one file with names and values, see
+            `read_classes`.
+        foreground: values of the one class; all others are background.
+        ignore: values of pixels that do not count.
+        threshold: grey values above it are foreground.
+
+    Raises:
+        DataError: the declarations contradict each other, or the format is not clear; the message
+            names a file, its values and the flags.
+    """
+    if sum(map(bool, (names, foreground, threshold is not None))) > 1:
+        raise DataError("give only one of --classes, --foreground and --mask-threshold")
+    if threshold is not None:
+        if ignore:
+            raise DataError("--ignore does not go with --mask-threshold: use --foreground")
+        return MaskFormat(values=(), threshold=threshold)
+    not_counted = tuple((value, IGNORE) for value in ignore)
+    if names:
+        declared, values = read_classes(names)
+        return MaskFormat(declared, _distinct((*values, *not_counted)))
+    if foreground:
+        values = tuple((value, 1) for value in foreground)
+        return MaskFormat(values=_distinct((*values, *not_counted)), rest=0)
+    entries = [(source, i) for source in sources for i in range(len(source))]
+    return _discover(map_all(_survey, entries), ignore)
+
+
+def _survey(entry: tuple[Sequence[dict[str, Any]], int]) -> _Facts:
+    source, i = entry
+    example = source[i]
+    name = example.get("files", (None, f"mask {example['name']}"))[1]
+    return _look(open_picture(example["mask"], name), name)
+
+
+def map_all(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    """The results of a function, computed on all cores; errors are collected.
+
+    Raises:
+        DataError: some calls raised one; the message has those of all.
+    """
+
+    def call(item: S) -> tuple[T | None, DataError | None]:
+        try:
+            return function(item), None
+        except DataError as error:
+            return None, error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pairs = list(pool.map(call, items))
+    errors = [error for _, error in pairs if error is not None]
+    if len(errors) > 1:
+        shown = "\n  ".join(str(error) for error in errors[:20])
+        raise DataError(f"{len(errors)} pictures are unusable:\n  {shown}") from errors[0]
+    if errors:
+        raise errors[0]
+    return [result for result, _ in pairs]  # type: ignore[misc]
+
+
+def _discover(facts: list[_Facts], ignore: Sequence[int]) -> MaskFormat:
+    union = set().union(*(each.values for each in facts)) - set(ignore)
+    low, high = min(union, default=0), max(union, default=0)
+    not_counted = tuple((value, IGNORE) for value in ignore)
+    lossy = next((each for each in facts if each.lossy), None)
+    if low >= 0 and high == 0:
+        raise DataError(f"{facts[0].name} and all other masks are empty (0 everywhere)")
+    for each in facts:
+        if each.reversed_palette and each.values <= {0, 1}:
+            raise DataError(
+                f"{each.name}: index 0 of its palette is white and 1 black, so it is not clear "
+                f"which is the foreground: --foreground 0 or --foreground 1"
+            )
+    if union <= {0, high} and high in (1, 255, 65535) and not lossy:
+        found = MaskFormat(values=((0, 0), (int(high), 1), *not_counted))
+    elif not ignore and _soft(facts, union, high):
+        found = MaskFormat(values=(), threshold=(255 if high <= 255 else 65535) / 2)
+    else:
+        example = max(facts, key=lambda each: len(each.values - {0, 255}))
+        shown = ", ".join(f"{value:g}" for value in sorted(example.values)[:12])
+        hint = "; JPEG changes the values of masks" if lossy else ""
+        raise DataError(f"{example.name} has the values {shown}{hint}: {REMEDIES}")
+    white = [each for each in facts if each.border > 0.5]
+    if len(white) > len(facts) / 2:
+        raise DataError(
+            f"{white[0].name} and {len(white) - 1} of {len(facts) - 1} other masks are white along "
+            f"most of their border: --foreground 0 if white is the background, else --foreground "
+            f"{high:g}"
+        )
+    return found
+
+
+def _soft(facts: list[_Facts], union: set[float], high: float) -> bool:
+    """Whether the values are two extremes and the soft edges between them."""
+    top = 255 if high <= 255 else 65535
+    below = [value for value in union if 0 < value < top / 2]
+    above = [value for value in union if top / 2 <= value < top]
+    return (
+        min(union) >= 0
+        and high >= top * 7 / 8
+        and min(len(below), len(above)) >= 2  # a few values are labels, not edges
+        and not any(each.areas for each in facts)
+    )
+
+
+def _distinct(values: tuple[tuple[Any, int], ...]) -> tuple[tuple[Value, int], ...]:
+    number = Counter(value for value, _ in values)
+    if twice := [value for value, n in number.items() if n > 1]:
+        raise DataError(f"the value {twice[0]} is declared twice: give each value one meaning")
+    if len({isinstance(value, tuple) for value in number}) > 1:
+        raise DataError("grey values and colours are declared together: use one kind")
+    return values
+
+
+def read_classes(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[Value, int], ...]]:
+    """The names of classes and their values, from names or from one file.
+
+    A text file has a name per line; the value of a class is its index, as for names. A JSON file
+    maps each name to its value, its colour such as "#ff0000", or a list of them. A CSV file has the
+    columns name, value or name, red, green, blue. A class `ignore` does not count.
+
+    Raises:
+        DataError: the file cannot be read, or there are fewer than two classes.
+    """
+    table: dict[str, Any] = {name: i for i, name in enumerate(names)}
+    if len(names) == 1:
+        file = Path(names[0])
+        try:
+            table = _read_table(file)
+        except (OSError, ValueError, IndexError, AttributeError, TypeError) as error:
+            raise DataError(
+                f"--classes {names[0]}: give at least two names, or a text, JSON or CSV file with "
+                f"names and values ({error})"
+            ) from error
+    counted = [name for name in table if name != "ignore"]
+    if len(counted) < 2 or len(counted) > IGNORE:
+        raise DataError(
+            f"there are {len(counted)} classes: give 2 to {IGNORE}, with the background"
+        )
+    index = {name: i for i, name in enumerate(counted)} | {"ignore": IGNORE}
+    return tuple(counted), tuple((v, index[n]) for n, each in table.items() for v in _values(each))
+
+
+def _read_table(file: Path) -> dict[str, Any]:
+    text = file.read_text()
+    if file.suffix == ".json":
+        return dict(json.loads(text).items())
+    if file.suffix == ".csv":
+        rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row]
+        if not rows[0][1].isdigit():  # a header
+            rows = rows[1:]
+        return {
+            name: int(v[0]) if len(v) < 3 else bytes(map(int, v[:3])).hex() for name, *v in rows
+        }
+    return {line.strip(): i for i, line in enumerate(filter(str.strip, text.splitlines()))}
+
+
+def _values(entry: Any) -> list[Value]:
+    """The values in an entry of a table: a number, a colour, or a list of them."""
+    if isinstance(entry, int):
+        return [entry]
+    if isinstance(entry, str):
+        return [_unpacked(int(entry.removeprefix("#"), 16))]
+    return [value for each in entry for value in _values(each)]
