@@ -8,6 +8,7 @@ The network
 
 From pictures to batches
     pictures      files to arrays: decode, resize, RGB images
+    folders       which files belong together, and to which split
     formats       what the values of mask files mean
     data          data sets in memory, batches, streams
     augment       random changes of images and masks, on the device

@@ -8,7 +8,6 @@ has `files`, the paths of image and mask, error messages name those.
 import contextlib
 import hashlib
 import os
-import unicodedata
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,9 @@ import PIL
 from PIL import Image
 
 from flax_unet import classes, formats
+from flax_unet.folders import SPLITS as SPLITS
+from flax_unet.folders import FolderSource as FolderSource
+from flax_unet.folders import list_pictures as list_pictures
 from flax_unet.formats import MaskFormat
 from flax_unet.pictures import (
     DataError,
@@ -146,79 +148,6 @@ def _decode(
     example = source[i]
     image, mask = decode_pair(example, mask_format)
     return resize_image(image, size), resize_mask(mask, size), example["name"]
-
-
-SPLITS = ("train", "validation", "test")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-
-
-class FolderSource(Sequence):
-    """Images and masks in two folders, paired by file stem and sorted by it.
-
-    Args:
-        images, masks: the folders.
-        split: `train`, `validation` or `test`: about 80, 10 and 10 % of the pairs, chosen by a hash
-            of the stem, so that adding pictures never moves one to another split; None for all.
-
-    Raises:
-        DataError: a picture has no mask or a mask no picture, two files have one stem, a folder is
-            missing or empty, or there is no such split.
-    """
-
-    def __init__(
-        self, images: str | os.PathLike, masks: str | os.PathLike, split: str | None = None
-    ):
-        image, mask = _by_stem(Path(images)), _by_stem(Path(masks))
-        if unpaired := sorted(image.keys() ^ mask.keys()):
-            raise DataError(
-                f"{unpaired[0]!r} is only in {images if unpaired[0] in image else masks} "
-                f"({len(unpaired)} unpaired in all): give every picture a mask with the same stem"
-            )
-        if not image:
-            raise DataError(f"{images} has no pictures ({', '.join(SUFFIXES)})")
-        if split is not None and split not in SPLITS:
-            raise DataError(f"there is no split {split!r}: choose one of {', '.join(SPLITS)}")
-        stems = [stem for stem in sorted(image) if split in (None, _split_of(stem))]
-        self._pairs = [(stem, image[stem], mask[stem]) for stem in stems]
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:  # type: ignore[override]
-        name, *files = self._pairs[i]
-        image, mask = (file.read_bytes() for file in files)
-        return {"name": name, "image": image, "mask": mask, "files": [str(file) for file in files]}
-
-
-def list_pictures(folder: str | os.PathLike) -> list[Path]:
-    """The pictures in a folder, by suffix, sorted; hidden files and subfolders are left out.
-
-    Raises:
-        DataError: it is not a folder.
-    """
-    if not Path(folder).is_dir():
-        raise DataError(f"{folder} is not a folder")
-    return [
-        file
-        for file in sorted(Path(folder).iterdir())
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-    ]
-
-
-def _by_stem(folder: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for file in list_pictures(folder):
-        # macOS stores accents decomposed (NFD).
-        stem = unicodedata.normalize("NFC", file.stem)
-        if stem in files:
-            raise DataError(f"{files[stem]} and {file.name} have the same stem: keep one")
-        files[stem] = file
-    return files
-
-
-def _split_of(stem: str) -> str:
-    fraction = int.from_bytes(hashlib.sha256(stem.encode()).digest()[:8], "big") / 2**64
-    return "train" if fraction < 0.8 else "validation" if fraction < 0.9 else "test"
 
 
 def check(image: Any, mask: Any) -> None:

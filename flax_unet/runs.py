@@ -68,7 +68,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Places:
-    """Paths, and how the pictures are loaded. None of it changes the result."""
+    """Where the pictures are, how they are found and loaded; their content is in `data`."""
 
     workdir: Path
     """Folder of the run: config.json, metrics.jsonl, checkpoints, pictures."""
@@ -77,7 +77,19 @@ class Places:
     images: Path | None = None
     """Folder of images (--dataset folder)."""
     masks: Path | None = None
-    """Folder of masks (--dataset folder), paired with the images by file stem."""
+    """Folder of masks (--dataset folder), paired with the images by name; it may be the same."""
+    image_suffix: str = ""
+    """End of the images' names that the masks' names lack, such as _training."""
+    mask_suffix: str = ""
+    """End of the masks' names that the images' names lack, such as _mask."""
+    split_file: Path | None = None
+    """JSON or CSV file with the split of each name (--dataset folder). By default the folders
+    train, val and test say it, or 80, 10 and 10 % are chosen by a hash of the names."""
+    group: str | None = None
+    """Regular expression; pictures in whose names it finds the same text (a patient, a video) are
+    in the same split."""
+    split_by: Literal["share", "name"] = "share"
+    """share: exactly 80, 10 and 10 %; name: about that, and adding pictures moves no other one."""
     data_dir: Path | None = None
     """Where TFDS stores prepared data sets; by default ~/tensorflow_datasets."""
     stream: bool = False
@@ -235,6 +247,7 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
         "settings": _jsonable(asdict(Settings())),
         "model": _jsonable(pack.describe(UNet())),
         "training": {"class_weight": None},
+        "places": _jsonable(asdict(Places(Path()))) | {"split_by": "name"},
         "masks": {},  # not recorded before version 0.3.0
     }
     for section in defaults.keys() & content.keys() | {"masks"}:
@@ -282,7 +295,7 @@ def from_json(content: dict[str, Any], workdir: Path) -> tuple[Settings, Places]
     settings, places = dict(content["settings"]), dict(content["places"])
     settings["features"] = tuple(settings["features"])
     settings["init"] = settings["init"] and Path(settings["init"])
-    for name in ("kvasir_zip", "images", "masks", "data_dir"):
+    for name in ("kvasir_zip", "images", "masks", "split_file", "data_dir"):
         places[name] = places[name] and Path(places[name])
     places["workdir"] = workdir
     return Settings(**settings), Places(**places)

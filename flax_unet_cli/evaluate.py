@@ -40,7 +40,11 @@ class Options:
     images: Path | None = None
     """Folder of other images to score, all of them; needs --masks."""
     masks: Path | None = None
-    """Folder of their masks, paired by file stem."""
+    """Folder of their masks, paired by name."""
+    image_suffix: str = ""
+    """End of the images' names that the masks' names lack."""
+    mask_suffix: str = ""
+    """End of the masks' names that the images' names lack."""
     kvasir_zip: Path | None = None
     """The Kvasir-SEG archive, if it was moved."""
     data_dir: Path | None = None
@@ -57,7 +61,12 @@ def open_split(
     if (options.images is None) != (options.masks is None):
         raise DataError("give both --images and --masks, or neither")
     if options.images is not None and options.masks is not None:
-        source = data.FolderSource(options.images, options.masks)
+        source = data.FolderSource(
+            options.images,
+            options.masks,
+            image_suffix=options.image_suffix,
+            mask_suffix=options.mask_suffix,
+        )
         return source, f"folder-{options.images.parent.name}-{options.images.name}", "folder"
     if settings.dataset == "folder" and places.images is None:
         raise DataError(

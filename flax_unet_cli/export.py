@@ -30,7 +30,8 @@ def run(options: Options) -> None:
     about = runs.read_config(options.workdir)
     del about["model"]
     # Do not publish this machine's paths.
-    about["places"] = dict.fromkeys(about["places"]) | {"stream": trained.places.stream}
+    paths = ("workdir", "kvasir_zip", "images", "masks", "split_file", "data_dir")
+    about["places"] |= dict.fromkeys(paths)
     about["settings"]["init"] = None
     about |= {"step": trained.step, "checkpoint": trained.checkpoint}
     size = trained.settings.image_size

@@ -19,15 +19,26 @@ def open_sources(settings: Settings, places: Places) -> Sources:
     Raises:
         ValueError: the data is unusable, or a flag is missing or belongs to another data set.
     """
-    needed = {"images": "folder", "masks": "folder", "kvasir_zip": "kvasir_seg"}
-    for flag, dataset in needed.items():
-        if getattr(places, flag) is not None and settings.dataset != dataset:
+    folder = ("images", "masks", "image_suffix", "mask_suffix", "split_file", "group")
+    for flag, dataset in {**dict.fromkeys(folder, "folder"), "kvasir_zip": "kvasir_seg"}.items():
+        if getattr(places, flag) and settings.dataset != dataset:
             raise DataError(f"--{flag.replace('_', '-')} needs --dataset {dataset}")
     if settings.dataset == "folder":
         if places.images is None or places.masks is None:
             raise DataError("--dataset folder needs --images DIR and --masks DIR")
-        folders = places.images, places.masks
-        return {split: data.FolderSource(*folders, split) for split in data.SPLITS}
+        return {
+            split: data.FolderSource(
+                places.images,
+                places.masks,
+                split,
+                image_suffix=places.image_suffix,
+                mask_suffix=places.mask_suffix,
+                split_file=places.split_file,
+                group=places.group,
+                split_by=places.split_by,
+            )
+            for split in data.SPLITS
+        }
     import tfds_kvasir  # imports TFDS, which a folder does not need
 
     if settings.dataset not in (names := tfds_kvasir.datasets()):

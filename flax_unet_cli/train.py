@@ -60,6 +60,9 @@ def run(options: Options) -> int:
     recipe = runs.recipe_of(settings)  # settings that do not fit are refused before anything else
     if (settings.dataset, settings.recipe) == ("kvasir_seg", "unet"):
         print(SLOW, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # a run keeps the way in which it was split
+        split_by = runs.read_config(workdir)["places"]["split_by"]
+        places = replace(places, split_by=split_by)
     print(f"{settings.dataset}: opening the pictures; the first time takes a minute", flush=True)
     sources = open_sources(settings, places)
     mask_format = mask_format_of(settings, sources, options.masks)

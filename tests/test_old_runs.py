@@ -68,7 +68,7 @@ def test_an_old_run_is_loaded(which):
     assert (settings.recipe, settings.features, settings.image_size) == ("strong", (4, 8), 16)
     assert (settings.epochs, settings.encoder, settings.batch_size) == (3, None, 4)
     assert trained.places == runs.Places(
-        Path(WORKDIR).absolute(), images=Path(IMAGES), masks=Path(MASKS)
+        Path(WORKDIR).absolute(), images=Path(IMAGES), masks=Path(MASKS), split_by="name"
     )
     assert set(trained.fingerprints) == set(data.SPLITS)
     shapes = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
@@ -138,7 +138,8 @@ def test_an_old_exported_model_and_an_old_run_segment_pictures():
     assert dice_of_predictions(names) == pytest.approx(EXPECTED["exported"]["own_dice"], rel=1e-5)
     shutil.rmtree("predictions")
     assert flax_unet_cli.predict.main(["--workdir", WORKDIR, "--checkpoint", "latest", IMAGES]) == 0
-    names = [entry["name"] for entry in data.FolderSource(IMAGES, MASKS, "validation")]
+    source = data.FolderSource(IMAGES, MASKS, "validation", split_by="name")
+    names = [entry["name"] for entry in source]
     assert dice_of_predictions(names) == pytest.approx(EXPECTED["evaluation"]["own_dice"], rel=1e-5)
 
 
@@ -222,7 +223,8 @@ def new_form(flags):
     if "features" in values:
         values["features"] = tuple(values["features"])
     names = runs.Places.__dataclass_fields__
-    places = runs.Places(**{name: value for name, value in values.items() if name in names})
+    places = {name: value for name, value in values.items() if name in names}
+    places = runs.Places(**places, split_by="name")  # the old rule
     settings = runs.Settings(**{k: value for k, value in values.items() if k not in names})
     return settings, places, runs.to_json(settings, places, runs.recipe_of(settings), {})
 
