@@ -10,6 +10,7 @@ From pictures to batches
     pictures      files to arrays: decode, resize, RGB images
     folders       which files belong together, and to which split
     formats       what the values of mask files mean
+    summary       what a data set holds, and what resizing costs it
     data          data sets in memory, batches, streams
     augment       random changes of images and masks, on the device
 

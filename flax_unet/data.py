@@ -7,6 +7,7 @@ has `files`, the paths of image and mask, error messages name those.
 
 import contextlib
 import hashlib
+import json
 import os
 import warnings
 import zipfile
@@ -20,7 +21,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from flax_unet import classes, formats
+from flax_unet import classes, formats, summary
 from flax_unet.folders import SPLITS as SPLITS
 from flax_unet.folders import FolderSource as FolderSource
 from flax_unet.folders import list_pictures as list_pictures
@@ -32,6 +33,7 @@ from flax_unet.pictures import (
     resize_mask,
     to_rgb,
 )
+from flax_unet.summary import Facts
 
 
 class Arrays(NamedTuple):
@@ -43,6 +45,7 @@ class Arrays(NamedTuple):
         name: N names.
         fingerprint: the source's, see the function `fingerprint`.
         mask_format: what the values of the mask files meant.
+        facts: what each mask held at its own size, for a summary; N, or none.
     """
 
     image: np.ndarray | jax.Array
@@ -50,6 +53,7 @@ class Arrays(NamedTuple):
     name: list[str]
     fingerprint: str
     mask_format: MaskFormat = formats.BINARY
+    facts: Sequence[Facts] = ()
 
 
 def decode_pair(example: dict[str, Any], mask_format: MaskFormat) -> tuple[Image.Image, np.ndarray]:
@@ -77,13 +81,20 @@ def decode_pair(example: dict[str, Any], mask_format: MaskFormat) -> tuple[Image
     return to_rgb(image, files[0]), formats.read(mask, mask_format, files[1])
 
 
-def fingerprint(source: Sequence[dict[str, Any]]) -> str:
-    """SHA-256 of the names and encoded bytes of a source, in order."""
+def fingerprint(source: Sequence[dict[str, Any]], pictures: dict[bytes, str] | None = None) -> str:
+    """SHA-256 of the names and encoded bytes of a source, in order.
+
+    Args:
+        source: see above.
+        pictures: if given, the SHA-256 of each image is added, and its name.
+    """
     digest = hashlib.sha256()
     for i in range(len(source)):
         example = source[i]
         for part in (example["name"].encode(), example["image"], example["mask"]):
             digest.update(len(part).to_bytes(8, "little") + part)
+        if pictures is not None:
+            pictures[hashlib.sha256(example["image"]).digest()] = example["name"]
     return digest.hexdigest()
 
 
@@ -93,6 +104,7 @@ def load(
     mask_format: MaskFormat | None = None,
     *,
     cache: str | os.PathLike | None = None,
+    pictures: dict[bytes, str] | None = None,
 ) -> Arrays:
     """Decode and resize an entire source on all cores, or read the result of an earlier call.
 
@@ -104,6 +116,7 @@ def load(
         cache: a folder for the results. File names contain a hash of the source's content, the size
             and the version of Pillow, whose decoders differ. If a file cannot be written, a warning
             is issued.
+        pictures: see `fingerprint`.
 
     Raises:
         DataError: the source is empty, or an entry is unusable.
@@ -111,29 +124,35 @@ def load(
     if not len(source):
         raise DataError("the source has no examples: check the folder or the split")
     size = (size, size) if isinstance(size, int) else size
-    content, file = fingerprint(source), None
+    content, file = fingerprint(source, pictures), None
     mask_format = mask_format or formats.find(source)
     if cache is not None:
-        # "2" is the version of our decoding and resizing: bump it when they change.
+        # "3" is the version of our decoding and resizing: bump it when they change.
         meaning = hashlib.sha256(repr(mask_format).encode()).hexdigest()[:8]
-        key = f"2-{content[:32]}-{meaning}-{size[0]}x{size[1]}-pillow{PIL.__version__}"
+        key = f"3-{content[:32]}-{meaning}-{size[0]}x{size[1]}-pillow{PIL.__version__}"
         file = Path(cache).expanduser() / f"{key}.npz"
         try:
             with file.open("rb") as stream, np.load(stream) as stored:
                 names = stored["name"].tolist()
-                return Arrays(stored["image"], stored["mask"], names, content, mask_format)
+                known = [Facts(*each) for each in json.loads(str(stored["facts"]))]
+                return Arrays(stored["image"], stored["mask"], names, content, mask_format, known)
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             pass  # missing or damaged: decode again
 
-    decode = partial(_decode, source, size=size, mask_format=mask_format)
-    images, masks, names = zip(*formats.map_all(decode, range(len(source))), strict=True)
-    arrays = Arrays(np.stack(images), np.stack(masks), list(names), content, mask_format)
+    def decode(i: int) -> tuple[np.ndarray, np.ndarray, str, Facts]:
+        image, resized, name, mask = _decode(source, i, size, mask_format)
+        return image, resized, name, summary.facts(mask, resized)
+
+    images, masks, names, known = zip(*formats.map_all(decode, range(len(source))), strict=True)
+    stacked = np.stack(images), np.stack(masks)
+    arrays = Arrays(*stacked, list(names), content, mask_format, known)
     if file is not None:
         part = file.with_suffix(f".{os.getpid()}.part")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as stream:
-                np.savez(stream, image=arrays.image, mask=arrays.mask, name=np.array(arrays.name))
+                name, text = np.array(arrays.name), np.array(json.dumps(known))
+                np.savez(stream, image=arrays.image, mask=arrays.mask, name=name, facts=text)
             part.replace(file)
         except OSError as error:
             warnings.warn(f"the decoded pictures could not be cached: {error}", stacklevel=2)
@@ -144,10 +163,11 @@ def load(
 
 def _decode(
     source: Sequence[dict[str, Any]], i: int, size: tuple[int, int], mask_format: MaskFormat
-) -> tuple[np.ndarray, np.ndarray, str]:
+) -> tuple[np.ndarray, np.ndarray, str, np.ndarray]:
+    """The resized image and mask, the name, and the mask at its own size."""
     example = source[i]
     image, mask = decode_pair(example, mask_format)
-    return resize_image(image, size), resize_mask(mask, size), example["name"]
+    return resize_image(image, size), resize_mask(mask, size), example["name"], mask
 
 
 def check(image: Any, mask: Any) -> None:
@@ -239,9 +259,11 @@ def stream(
     order = np.arange(len(source)) if order is None else order
     size = (size, size) if isinstance(size, int) else size
 
-    def stack(pairs: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> dict[str, np.ndarray]:
+    def stack(
+        pairs: Sequence[tuple[np.ndarray, np.ndarray, str, np.ndarray]],
+    ) -> dict[str, np.ndarray]:
         index, weight = pad(np.arange(len(pairs)), batch_size)
-        images, masks, _ = zip(*(pairs[i] for i in index), strict=True)
+        images, masks, *_ = zip(*(pairs[i] for i in index), strict=True)
         return {"image": np.stack(images), "mask": np.stack(masks), "weight": weight}
 
     read_options = grain.ReadOptions(

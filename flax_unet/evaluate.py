@@ -93,6 +93,7 @@ class Scores(NamedTuple):
     result: dict[str, Any]  # of `train.eval_step`, with padding and without logits
     own_size: list[list[dict[str, Any]]]  # `score_picture` of each class, at the own sizes
     reliability: metrics.Reliability  # at the own sizes; of exclusive classes the predicted one's
+    emptied: int  # masks that lost a class in resizing
     matrix: np.ndarray  # int64 [K, K], at the own sizes: pixels by true and predicted class
     seconds: float  # of the network for one entire batch
 
@@ -180,9 +181,14 @@ def score(
                 result=jax.device_get(result),
                 own_size=list(own_size),
                 reliability=_add(counts),
+                emptied=sum(map(_lost_a_class, true, masks)),
                 matrix=np.sum(matrices, 0),
                 seconds=seconds,
             )
+
+
+def _lost_a_class(mask: np.ndarray, resized: np.ndarray) -> bool:
+    return not {*np.unique(mask)} <= {0, IGNORE, *np.unique(resized)}
 
 
 def _add(counts: Sequence[metrics.Reliability]) -> metrics.Reliability:
@@ -250,6 +256,7 @@ def report(
     content = {
         **values,
         "classes": list(names),
+        "masks_that_lost_a_class": sum(batch.emptied for batch in batches),
         "dice_per_image_interval": dice_interval,
         "iou_per_image_interval": iou_interval,
         "own_size": {

@@ -142,7 +142,7 @@ def summary(
     total = pooled(counts)
     return {
         "loss": float(np.mean(loss)),
-        "accuracy": float(accuracy(total).mean()),
+        "accuracy": _pixel_accuracy(total),
         "iou_coef": float(np.mean(iou_coef)),
         "dice_per_image": float(dice(counts).mean()),
         "iou_per_image": float(iou(counts).mean()),
@@ -154,6 +154,16 @@ def summary(
         "recall_pooled": float(recall(total).mean()),
         "n_images": len(counts.tp),
     }
+
+
+def _pixel_accuracy(total: Confusion) -> float:
+    """The fraction of right pixels; if each has one class, as that of one class against the rest
+    would be high whatever is predicted."""
+    pixels = (total.tp + total.fp + total.fn + total.tn)[0]
+    exclusive = (total.tp + total.fn).sum() == (total.tp + total.fp).sum() == pixels
+    if len(total.tp) > 1 and exclusive:
+        return float(total.tp.sum() / max(1, pixels))
+    return float(accuracy(total).mean())
 
 
 class Reliability(NamedTuple):

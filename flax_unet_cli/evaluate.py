@@ -87,6 +87,8 @@ def show(content: dict[str, Any]) -> None:
         f"{content['protocol']}, {content['what']}: {content['n_images']} images, "
         f"{content['checkpoint']} checkpoint (step {content['step']})"
     )
+    if lost := content["masks_that_lost_a_class"]:
+        print(f"note: {lost} masks lost a class in resizing: see the scores at the own sizes")
     for name in ("dice_per_image", "iou_per_image"):
         low, high = content[f"{name}_interval"]
         print(f"  {name:<20}{content[name]:.4f}   95 % interval {low:.4f} to {high:.4f}")

@@ -117,7 +117,11 @@ def split_of(settings: Settings, sources: Sources, split: str) -> Sequence[dict[
 
 
 def load_split(
-    settings: Settings, sources: Sources, split: str, mask_format: MaskFormat
+    settings: Settings,
+    sources: Sources,
+    split: str,
+    mask_format: MaskFormat,
+    pictures: dict[bytes, str] | None = None,
 ) -> data.Arrays:
     """One split as arrays, from the cache if it was decoded before.
 
@@ -125,4 +129,6 @@ def load_split(
         ValueError: as `split_of`, or a picture is unusable.
     """
     source = split_of(settings, sources, split)
-    return data.load(source, settings.image_size, mask_format, cache=cache_folder())
+    return data.load(
+        source, settings.image_size, mask_format, cache=cache_folder(), pictures=pictures
+    )

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from flax_unet import checkpoint, data, draw, runs
+from flax_unet import checkpoint, data, draw, runs, summary
 from flax_unet.classes import IGNORE, decide
 from flax_unet.evaluate import evaluate
 from flax_unet.fit import Epoch, check_finite, fit
@@ -40,6 +40,8 @@ class Options:
     places: runs.Places
     settings: runs.Settings = runs.Settings()
     masks: MaskFlags = MaskFlags()
+    dry_run: bool = False
+    """Stop after the summary of the data."""
 
 
 #: Printed before the pictures are opened, because the default command takes hours.
@@ -70,7 +72,11 @@ def run(options: Options) -> int:
     pictures = load_pictures(options, sources, mask_format)
     recipe = with_class_weights(runs.recipe_of(settings, mask_format), settings, pictures)
     training = runs.build(settings, recipe, pictures.n)
-    content = runs.to_json(settings, places, recipe, fingerprints(sources, pictures), mask_format)
+    hashes = fingerprints(sources, pictures)
+    content = runs.to_json(settings, places, recipe, hashes, mask_format)
+    content["summary"] = summarise_data(sources, pictures, mask_format)
+    if options.dry_run:
+        return 0
     init_key, key = jax.random.split(jax.random.key(settings.seed))
     runs.check_workdir(workdir, content)  # before anything is written
     state, records = None, []
@@ -111,6 +117,7 @@ class Pictures(NamedTuple):
     batches: Callable[[np.ndarray], Iterator[dict[str, Any]]]  # of those with the given indices
     train: data.Arrays | None  # None if they are streamed
     validation: data.Arrays
+    seen: dict[str, dict[bytes, str]]  # by split, the hash and name of each picture
 
 
 def load_pictures(options: Options, sources: Sources, mask_format: MaskFormat) -> Pictures:
@@ -121,15 +128,16 @@ def load_pictures(options: Options, sources: Sources, mask_format: MaskFormat) -
     """
     settings, size = options.settings, options.settings.batch_size
     source, arrays = split_of(settings, sources, "train"), None
+    seen: dict[str, dict[bytes, str]] = {split: {} for split in sources}
     if options.places.stream:
         if find_spec("grain") is None:
             raise DataError("--stream needs grain: pip install 'flax-unet[stream]'")
         batches = partial(data.stream, source, settings.image_size, size, mask_format=mask_format)
     else:
-        arrays = data.to_device(load_split(settings, sources, "train", mask_format))
+        arrays = data.to_device(load_split(settings, sources, "train", mask_format, seen["train"]))
         batches = partial(data.batches, arrays, size)
-    validation = load_split(settings, sources, "validation", mask_format)
-    return Pictures(len(source), batches, arrays, validation)
+    validation = load_split(settings, sources, "validation", mask_format, seen["validation"])
+    return Pictures(len(source), batches, arrays, validation, seen)
 
 
 def with_class_weights(recipe: Recipe, settings: runs.Settings, pictures: Pictures) -> Recipe:
@@ -161,7 +169,41 @@ def fingerprints(sources: Sources, pictures: Pictures) -> dict[str, str]:
     known = {"validation": pictures.validation.fingerprint}
     if pictures.train is not None:
         known["train"] = pictures.train.fingerprint
-    return {split: known.get(split) or data.fingerprint(sources[split]) for split in sources}
+    return {
+        split: known.get(split) or data.fingerprint(sources[split], pictures.seen[split])
+        for split in sources
+    }
+
+
+def summarise_data(sources: Sources, pictures: Pictures, mask_format: MaskFormat) -> dict[str, Any]:
+    """Print and return a summary of the data.
+
+    Raises:
+        DataError: no training mask has an object at the network's size.
+    """
+    loaded = {"train": pictures.train, "validation": pictures.validation}
+    known = {split: arrays.facts for split, arrays in loaded.items() if arrays is not None}
+    content = summary.summarise(known, mask_format.names)
+    print(summary.as_text(content))
+    others = {split: len(source) for split, source in sources.items() if split not in content}
+    print("".join(f"{split}: {n} pictures\n" for split, n in others.items()), end="")
+    first = pictures.train or pictures.validation
+    if not any(one.resized.keys() - {"0"} for one in first.facts):
+        size = max(one.needed for one in first.facts)
+        raise DataError(
+            "all masks are empty after resizing: the objects are too small for this --image-size; "
+            f"about {size} would keep them"
+        )
+    splits, doubles = list(pictures.seen), []
+    for i, split in enumerate(splits):
+        for other in splits[i + 1 :]:
+            for same in pictures.seen[split].keys() & pictures.seen[other].keys():
+                names = pictures.seen[split][same], pictures.seen[other][same]
+                doubles.append(f"{names[0]} ({split}) and {names[1]} ({other})")
+    if doubles:
+        shown = "; ".join(sorted(doubles)[:3])
+        print(f"warning: {len(doubles)} pictures are the same in two splits: {shown}")
+    return {**content, "others": others, "same_in_two_splits": len(doubles)}
 
 
 @contextlib.contextmanager
@@ -193,7 +235,7 @@ def train(
 ) -> None:
     """Run the remaining epochs, given the state and the records of the unfinished epoch."""
     settings, workdir = options.settings, options.places.workdir
-    n, batches, _, validation = pictures
+    n, batches, _, validation, _ = pictures
     first = int(state.step) // -(-n // settings.batch_size)
     history = runs.read_history(workdir, first)
     if first >= settings.epochs:
@@ -256,9 +298,10 @@ def train(
                 save_samples(file, training.model, epoch.state.variables, validation)
             dice = scores["dice_per_image" if training.model.num_classes == 1 else "dice_pooled"]
             checkpoint.save(checkpoints, epoch.state, {"records": []}, dice=dice)
-            bar.set_description(f"epoch {epoch.number + 1}/{settings.epochs}", refresh=False)
-            bar.initial = 0
-            bar.reset()
+            if epoch.number < settings.epochs:
+                bar.set_description(f"epoch {epoch.number + 1}/{settings.epochs}", refresh=False)
+                bar.initial = 0
+                bar.reset()
 
 
 def metrics_line(

@@ -171,7 +171,7 @@ def test_a_run_explains_itself(undisturbed):
     assert list((workdir / "tensorboard").glob("events.*"))
     config = json.loads((workdir / "config.json").read_text())
     parts = {"settings", "model", "training", "data", "masks", "places", "device", "versions"}
-    assert config.keys() == parts
+    assert config.keys() == parts | {"summary"}
     assert config["settings"]["features"] == [8, 16] and config["settings"]["recipe"] == "unet"
     assert set(config["data"]) == {"train", "validation", "test"} and "jax" in config["versions"]
     history = lines(workdir)
@@ -253,7 +253,7 @@ def test_a_signal_ends_a_run_before_the_end_of_the_epoch(folders, tmp_path, befo
 
 def test_a_run_is_extended_with_more_epochs(folders, short, capsys):
     assert train.main(arguments(folders, short, epochs=2)) == 0
-    assert "resuming after step 7" in capsys.readouterr().out
+    assert "resuming after step 6" in capsys.readouterr().out
     assert [line["epoch"] for line in lines(short)] == [1, 2]
 
 
@@ -374,9 +374,9 @@ def test_each_split_is_hashed_once(folders, short, monkeypatch, flags):
         pytest.importorskip("grain")
     fingerprint, counts = data.fingerprint, Counter()
 
-    def counted(source):
+    def counted(source, pictures=None):
         counts[tuple(source[i]["name"] for i in range(len(source)))] += 1
-        return fingerprint(source)
+        return fingerprint(source, pictures)
 
     monkeypatch.setattr(data, "fingerprint", counted)
     assert train.main([*arguments(folders, short, epochs=1), *flags]) == 0
@@ -495,7 +495,7 @@ def test_an_empty_split_is_named(folders, tmp_path, capsys):
         (tmp_path / part).mkdir()
         (tmp_path / part / "07.png").write_bytes((folders / part / "07.png").read_bytes())
     assert train.main(arguments(tmp_path, tmp_path / "run")) == 1
-    assert "split of the 1 pictures is empty" in capsys.readouterr().err
+    assert "1 pictures or groups of them cannot be split in three" in capsys.readouterr().err
 
 
 def test_a_stream_without_grain_says_what_to_install(folders, tmp_path, capsys, monkeypatch):
@@ -1160,3 +1160,32 @@ def test_masks_of_a_known_data_set_need_no_flags(tmp_path, capsys):
     flags = ["--workdir", tmp_path, "--data-dir", tmp_path, "--dataset", "synthetic_polyps"]
     assert train.main([*map(str, flags), "--foreground", "1"]) == 1
     assert "the masks of synthetic_polyps are known" in capsys.readouterr().err
+
+
+# The summary
+
+
+def test_a_dry_run_ends_with_the_summary(folders, tmp_path, capsys):
+    assert train.main([*arguments(folders, tmp_path / "run"), "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "foreground" in output and "% in 48" in output and "test: 6 pictures" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_objects_that_are_too_small_are_refused_and_doubles_are_reported(folders, tmp_path, capsys):
+    root = tmp_path / "spots"
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for i in range(30):
+        mask = np.zeros((320, 320), np.uint8)
+        mask[i * 10 : i * 10 + 3, 50:53] = 255
+        shutil.copy(folders / f"images/{min(i, 20):02d}.png", root / f"images/{i:02d}.png")
+        picture = Image.open(folders / f"images/{min(i, 20):02d}.png").resize((320, 320))
+        picture.save(root / f"images/{i:02d}.png")
+        Image.fromarray(mask).save(root / f"masks/{i:02d}.png")
+    assert train.main(arguments(root, tmp_path / "run")) == 1
+    error = capsys.readouterr().err
+    assert "all masks are empty after resizing" in error and "about 107 would keep them" in error
+    assert train.main([*arguments(root, tmp_path / "run", image_size=160), "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "pictures are the same in two splits: " in output

@@ -1,0 +1,118 @@
+"""What a data set holds, and what resizing costs it, before anything is trained."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from flax_unet.classes import IGNORE
+
+
+class Facts(NamedTuple):
+    """What one mask holds, at its own size and after resizing."""
+
+    height: int
+    width: int
+    pixels: dict[str, int]  # by class index, at its own size; without pixels that do not count
+    resized: dict[str, int]  # at the network's size
+    objects: int  # connected regions of any class but the first, at its own size
+    lost: int  # of them, those without a pixel after resizing
+    needed: int  # about the height and width that would keep those; 0 if none is lost
+
+
+def facts(mask: np.ndarray, resized: np.ndarray) -> Facts:
+    """Compare a mask with its resized version.
+
+    Args:
+        mask: class indices and `IGNORE`, uint8 [H, W].
+        resized: the same, uint8 [H', W', 1].
+    """
+    height, width = mask.shape
+    y = np.arange(height)[:, None] * resized.shape[0] // height
+    x = np.arange(width)[None] * resized.shape[1] // width
+    enlarged = resized[y, x, 0]
+    pixels, objects, lost, needed = _count(mask), 0, 0, 0
+    for index in (int(i) for i in pixels if i != "0"):
+        regions, n = ndimage.label(mask == index)  # type: ignore[misc]
+        kept = np.unique(regions[enlarged == index])
+        objects, missing = objects + n, set(range(1, n + 1)) - {*kept.tolist()}
+        lost += len(missing)
+        if missing:
+            boxes = ndimage.find_objects(regions)
+            for rows, columns in (boxes[i - 1] for i in missing):
+                a, b = rows.stop - rows.start, columns.stop - columns.start
+                needed = max(needed, -(-height // a), -(-width // b))
+    return Facts(height, width, pixels, _count(resized), objects, lost, needed)
+
+
+def _count(mask: np.ndarray) -> dict[str, int]:
+    number = np.bincount(mask.ravel(), minlength=IGNORE + 1)[:IGNORE]
+    return {str(i): int(number[i]) for i in np.flatnonzero(number)}
+
+
+def summarise(splits: Mapping[str, Sequence[Facts]], names: Sequence[str]) -> dict[str, Any]:
+    """The summary of some splits, as JSON.
+
+    Args:
+        splits: {split: `Facts` of each picture}.
+        names: of the classes.
+
+    Returns:
+        By split: number of pictures, sizes, each class' fraction of the pixels and number of
+        pictures, masks that are empty, that became empty or lost objects, and the size that would
+        keep them.
+    """
+    return {split: _summary(each, names) for split, each in splits.items()}
+
+
+def _summary(each: Sequence[Facts], names: Sequence[str]) -> dict[str, Any]:
+    pixels, pictures = Counter(), Counter()
+    for one in each:
+        pixels.update(one.pixels)
+        pictures.update(one.pixels.keys())
+    total = max(1, pixels.total())
+    sizes = Counter(f"{one.width}x{one.height}" for one in each)
+    return {
+        "pictures": len(each),
+        "sizes": dict(sizes.most_common()),
+        "classes": {
+            name: {"fraction": pixels[str(i)] / total, "pictures": pictures[str(i)]}
+            for i, name in enumerate(names)
+        },
+        "empty": sum(not one.pixels.keys() - {"0"} for one in each),
+        "emptied": sum(bool(one.pixels.keys() - {"0"} - one.resized.keys()) for one in each),
+        "objects": sum(one.objects for one in each),
+        "objects_lost": sum(one.lost for one in each),
+        "size_that_keeps_them": max((one.needed for one in each), default=0),
+    }
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """The summary as a table of a few lines."""
+    splits = list(summary)
+    lines = [f"{'':<26}" + "".join(f"{split:>22}" for split in splits)]
+
+    def row(title: str, cell: Any) -> None:
+        lines.append(f"{title[:25]:<26}" + "".join(f"{cell(summary[s]):>22}" for s in splits))
+
+    row("pictures", lambda s: s["pictures"])
+    row("sizes", lambda s: next(iter(s["sizes"])) + (" and others" * (len(s["sizes"]) > 1)))
+    for name in summary[splits[0]]["classes"]:
+        row(
+            name,
+            lambda s, name=name: (
+                f"{100 * s['classes'][name]['fraction']:.2f} % in {s['classes'][name]['pictures']}"
+            ),
+        )
+    row("empty masks", lambda s: s["empty"])
+    for split in splits:
+        if lost := summary[split]["objects_lost"]:
+            of, size = summary[split]["objects"], summary[split]["size_that_keeps_them"]
+            lines.append(
+                f"warning: {split}: {lost} of {of} objects vanish in resizing, and "
+                f"{summary[split]['emptied']} masks lose a class; about --image-size {size} would "
+                "keep them"
+            )
+    return "\n".join(lines)
