@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 from flax_unet.classes import IGNORE
@@ -30,26 +31,32 @@ def facts(mask: np.ndarray, resized: np.ndarray) -> Facts:
         resized: the same, uint8 [H', W', 1].
     """
     height, width = mask.shape
-    y = np.arange(height)[:, None] * resized.shape[0] // height
-    x = np.arange(width)[None] * resized.shape[1] // width
-    enlarged = resized[y, x, 0]
-    pixels, objects, lost, needed = _count(mask), 0, 0, 0
+    enlarged = Image.fromarray(resized[..., 0]).resize((width, height), Image.Resampling.NEAREST)
+    kept, pixels, objects, lost, needed = np.asarray(enlarged), _count(mask), 0, 0, 0
     for index in (int(i) for i in pixels if i != "0"):
-        regions, n = ndimage.label(mask == index)  # type: ignore[misc]
-        kept = np.unique(regions[enlarged == index])
-        objects, missing = objects + n, set(range(1, n + 1)) - {*kept.tolist()}
-        lost += len(missing)
-        if missing:
-            boxes = ndimage.find_objects(regions)
-            for rows, columns in (boxes[i - 1] for i in missing):
-                a, b = rows.stop - rows.start, columns.stop - columns.start
-                needed = max(needed, -(-height // a), -(-width // b))
-    return Facts(height, width, pixels, _count(resized), objects, lost, needed)
+        there = mask == index
+        rows, columns = (np.flatnonzero(there.any(axis)) for axis in (1, 0))
+        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        there = there[box]
+        regions, n = ndimage.label(there)  # type: ignore[misc]
+        still, objects = kept[box] == index, objects + n
+        if n == 1 and (there & still).any():
+            continue
+        number = np.bincount(regions[still], minlength=n + 1)[1:]
+        boxes = ndimage.find_objects(regions)
+        for y, x in (boxes[i] for i in np.flatnonzero(number == 0)):
+            a, b = y.stop - y.start, x.stop - x.start
+            lost, needed = lost + 1, max(needed, -(-height // a), -(-width // b))
+    return Facts(height, width, pixels, _count(resized[..., 0]), objects, lost, needed)
 
 
 def _count(mask: np.ndarray) -> dict[str, int]:
-    number = np.bincount(mask.ravel(), minlength=IGNORE + 1)[:IGNORE]
-    return {str(i): int(number[i]) for i in np.flatnonzero(number)}
+    if mask.max(initial=0) <= 1:  # several times as fast as a histogram
+        ones = int(np.count_nonzero(mask))
+        number = mask.size - ones, ones
+    else:
+        number = Image.fromarray(mask).histogram()[:IGNORE]
+    return {str(i): n for i, n in enumerate(number) if n}
 
 
 def summarise(splits: Mapping[str, Sequence[Facts]], names: Sequence[str]) -> dict[str, Any]:
