@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from flax_unet import data, draw, metrics, predict, runs
 from flax_unet.evaluate import RATIOS, Scores, cost, report, score
-from flax_unet.formats import find
+from flax_unet.formats import MaskFormat, find
 from flax_unet.pictures import DataError
 from flax_unet_cli import program
-from flax_unet_cli.sources import open_sources, protocol, split_of
+from flax_unet_cli.sources import MaskFlags, declared, open_sources, protocol, split_of
 
 #: Tolerance of the surface Dice, in percent of the picture's diagonal.
 TOLERANCE = 1.0
@@ -45,6 +45,7 @@ class Options:
     """End of the images' names that the masks' names lack."""
     mask_suffix: str = ""
     """End of the masks' names that the images' names lack."""
+    meaning: MaskFlags = MaskFlags()
     kvasir_zip: Path | None = None
     """The Kvasir-SEG archive, if it was moved."""
     data_dir: Path | None = None
@@ -77,6 +78,29 @@ def open_split(
     sources = open_sources(settings, replace(places, **moved))
     source = split_of(settings, sources, options.split)
     return source, options.split, protocol(settings) or settings.dataset
+
+
+def format_of(
+    options: Options, trained: runs.Trained, source: Sequence[dict[str, Any]]
+) -> MaskFormat:
+    """What the values of the masks mean: as in training, unless they are other files.
+
+    Raises:
+        ValueError: it is not clear, or the number of classes is not the model's.
+    """
+    known = trained.mask_format
+    if options.meaning != MaskFlags():
+        if options.images is None:
+            raise DataError("--classes, --foreground, --ignore and --mask-threshold need --images")
+        known = declared(options.meaning, source)
+    elif options.images is not None and trained.settings.dataset != "folder":
+        known = None  # files of another kind than the data set's own
+    found = known or find(source)
+    if found.channels != trained.model.num_classes:
+        raise DataError(
+            f"the masks have {len(found.names)} classes, and the model {trained.model.num_classes}"
+        )
+    return found
 
 
 def show(content: dict[str, Any]) -> None:
@@ -138,7 +162,7 @@ def run(options: Options) -> None:
     source, what, protocol = open_split(options, trained)
     model = predict.Mirrored(trained.model) if options.flips else trained.model
     n, batches = len(source), []
-    mask_format = trained.mask_format or find(source)
+    mask_format = format_of(options, trained, source)
     with tqdm(total=n, unit=" pictures", leave=False) as bar:
         for batch in score(
             model,

@@ -80,8 +80,13 @@ def mask_format_of(settings: Settings, sources: Sources, flags: MaskFlags) -> Ma
         if flags != MaskFlags():
             raise DataError(f"the masks of {settings.dataset} are known: leave out --classes, ...")
         return BINARY
+    return declared(flags, *sources.values())
+
+
+def declared(flags: MaskFlags, *sources: Sequence[dict[str, Any]]) -> MaskFormat:
+    """The format that the flags declare, or that is found in the masks of the sources."""
     return find(
-        *sources.values(),
+        *sources,
         names=flags.classes,
         foreground=flags.foreground,
         ignore=flags.ignore,

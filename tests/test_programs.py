@@ -24,7 +24,7 @@ import pytest
 import sklearn.metrics
 from PIL import Image
 
-from flax_unet import checkpoint, data, fit, runs
+from flax_unet import checkpoint, data, fit, formats, runs
 from flax_unet.model import UNet
 from flax_unet.recipes import RECIPES, Adam, AdamW, Recipe
 from flax_unet_cli import (
@@ -1154,6 +1154,38 @@ def test_a_run_with_other_classes_is_refused(discs_and_squares, tmp_path, capsys
     (tmp_path / "more.json").write_text(json.dumps(renamed))
     assert train.main([*flags, "--classes", str(tmp_path / "more.json")]) == 1
     assert "names: " in capsys.readouterr().err
+
+
+def test_evaluation_of_masks_with_other_values_needs_a_flag(folders, short, tmp_path, capsys):
+    other = tmp_path / "masks"
+    other.mkdir()
+    for file in (folders / "masks").iterdir():
+        Image.fromarray(np.asarray(Image.open(file)) // 255 * np.uint8(7)).save(other / file.name)
+    flags = ["--workdir", str(short), "--images", str(folders / "images"), "--masks", str(other)]
+    assert evaluate.main(flags) == 1
+    assert "it has the values 7, but" in (error := capsys.readouterr().err) and "--fore" in error
+    assert evaluate.main([*flags, "--foreground", "7"]) == 0
+    file = short / f"evaluation-folder-{folders.name}-images.json"
+    report = json.loads(file.read_text())
+    assert evaluate.main([*flags[:5], str(folders / "masks")]) == 0
+    same = json.loads(file.read_text())
+    assert report["own_size"] == same["own_size"] and report["dice_pooled"] == same["dice_pooled"]
+    assert evaluate.main([*flags, "--classes", "a", "b", "c", "d", "e", "f", "g", "h"]) == 1
+    assert "the masks have 8 classes, and the model 1" in capsys.readouterr().err
+    assert evaluate.main(["--workdir", str(short), "--foreground", "7"]) == 1
+    assert "need --images" in capsys.readouterr().err
+
+
+def test_a_model_of_a_known_data_set_is_evaluated_on_other_files(folders, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "models" / "strong", model)
+    content = json.loads((model / "model.json").read_text())
+    content["about"]["masks"] = formats.to_json(
+        formats.BINARY
+    )  # those of TFDS; these are 0 and 255
+    (model / "model.json").write_text(json.dumps(content))
+    flags = ["--model", model, "--images", folders / "images", "--masks", folders / "masks"]
+    assert evaluate.main([*map(str, flags), "--out", str(tmp_path)]) == 0
 
 
 def test_masks_of_a_known_data_set_need_no_flags(tmp_path, capsys):
