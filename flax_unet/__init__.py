@@ -16,7 +16,7 @@ From pictures to batches
 
 Losses and metrics
     classes       what logits predict and masks say: one class, exclusive, overlapping
-    losses        (logits, labels) to a loss per image
+    losses        (logits, mask) to a loss per image
     metrics       counts per image, and Dice, IoU, precision, recall from them
     boundary      distances between the outlines of two masks
 

@@ -49,7 +49,7 @@ def open_picture(data: bytes | Path, name: str) -> Image.Image:
             raise DataError("16-bit colours, of which 8 bits would be lost: convert it to 8 bits")
         frames = getattr(picture, "n_frames", 1)
         if frames > 1 and picture.format != "MPO":  # a JPEG with previews
-            raise DataError(f"{frames} pages or frames: save each as a picture of its own")
+            raise DataError(f"{frames} pages or frames: save each one as a separate file")
         picture.load()
         picture.info["orientation"] = picture.getexif().get(ExifTags.Base.Orientation, 1)
         ImageOps.exif_transpose(picture, in_place=True)  # in place, because a copy has no format

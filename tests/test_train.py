@@ -103,7 +103,7 @@ def test_images_of_weight_zero_do_not_affect_the_batch_statistics():
     small, other = make_batch(3), make_batch(5, seed=9)
     large = {k: np.concatenate([small[k], other[k]]) for k in small}
     large["weight"][3:] = 0
-    # Not Adam, which turns the rounding of a gradient of 0 (a bias before the norm) into a step.
+    # SGD: Adam would make a full step of the rounding error in a gradient that is zero.
     key, tx = jax.random.key(1), optax.sgd(0.1)
     step = make_step(model, tx)
     a, result = step(make_state(model, tx), small, key)
