@@ -68,9 +68,11 @@ class MBConv(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, weight: jax.Array | None, step: jax.Array | None
+    ) -> jax.Array:
         def norm(x: jax.Array, name: str) -> jax.Array:
-            return BatchNorm(epsilon=EPSILON, name=f"{name}_norm")(x, train, weight)
+            return BatchNorm(epsilon=EPSILON, name=f"{name}_norm")(x, train, weight, step)
 
         def pointwise(x: jax.Array, features: int, name: str) -> jax.Array:
             dense = nn.Dense(
@@ -102,7 +104,11 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, train: bool = False, weight: jax.Array | None = None
+        self,
+        image: jax.Array,
+        train: bool = False,
+        weight: jax.Array | None = None,
+        step: jax.Array | None = None,
     ) -> list[jax.Array]:
         # Google trained these networks on (x - 127) / 128, x in 0..255.
         x = ((image * 255 - 127) / 128).astype(self.dtype)
@@ -115,13 +121,13 @@ class Encoder(nn.Module):
             kernel_init=he_normal,
             name="stem",
         )
-        x = nn.relu6(BatchNorm(epsilon=EPSILON, name="stem_norm")(stem(x), train, weight))
+        x = nn.relu6(BatchNorm(epsilon=EPSILON, name="stem_norm")(stem(x), train, weight, step))
         maps = []
         for i, (kernel, stride, expansion, features) in enumerate(blocks(self.variant)):
             if stride == 2:
                 maps.append(x)
             block = MBConv(kernel, stride, expansion, features, self.dtype, name=f"block{i}")
-            x = block(x, train, weight)
+            x = block(x, train, weight, step)
         return [*maps, x]
 
 

@@ -91,19 +91,32 @@ class GroupNorm(nn.Module):
         return _scale_and_shift(x, factor, bias[None] - mean * factor)
 
 
+def warm_up(decay: float, step: jax.Array) -> jax.Array:
+    """The decay of a moving average at update `step` (from 0): at most (1 + step) / (10 + step)."""
+    return jnp.minimum(decay, (1 + step) / (10 + step))
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation of [B, H, W, C]: Ioffe, Szegedy: "Batch Normalization", ICML 2015.
 
     In training it normalises by the mean and variance of the batch, in which each image counts by
     its `weight` [B], and updates their moving averages in the collection `batch_stats`. Otherwise
-    it normalises by those averages.
+    it normalises by those averages. After `step` updates their momentum is at most
+    (1 + step) / (10 + step), as in `train.average_params`: short trainings, too, forget the initial
+    values.
     """
 
     momentum: float = 0.99
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        train: bool,
+        weight: jax.Array | None = None,
+        step: jax.Array | None = None,
+    ) -> jax.Array:
         b, _, _, c = x.shape
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
@@ -117,7 +130,8 @@ class BatchNorm(nn.Module):
             fraction = weight[:, None] / jnp.maximum(images, jnp.finfo(jnp.float32).tiny)
             mean, square = ((fraction * moment).sum(0) for moment in _moments(x))
             variance = jnp.maximum(square - mean * mean, 0)
-            momentum = jnp.where(images > 0, self.momentum, 1.0)
+            momentum = self.momentum if step is None else warm_up(self.momentum, step)
+            momentum = jnp.where(images > 0, momentum, 1.0)
             for average, new in zip(averages, (mean, variance), strict=True):
                 average.value = momentum * average.value + (1 - momentum) * new
         else:
@@ -141,7 +155,13 @@ class Block(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        train: bool,
+        weight: jax.Array | None = None,
+        step: jax.Array | None = None,
+    ) -> jax.Array:
         block_input = x
         for i in range(self.convs):
             if i == self.convs - 1:
@@ -154,7 +174,7 @@ class Block(nn.Module):
                 conv_general_dilated=cpu.convolve,
             )(x)
             if self.norm == "batch":
-                x = BatchNorm()(x, train, weight)
+                x = BatchNorm()(x, train, weight, step)
             elif self.norm is not None:
                 x = GroupNorm(1 if self.norm == "instance" else self.norm)(x)
             if self.residual and i == self.convs - 1:
@@ -250,10 +270,10 @@ class UNet(nn.Module):
         dtype: type of the computation; parameters and logits are float32.
         remat: recompute the activations inside the blocks in the backward pass, to save memory.
         encoder: a module in place of the descending blocks, such as
-            `flax_unet.efficientnet.Encoder`. It is called with an image (and with `train` and
-            `weight`, if it has such arguments) and returns `encoder.levels` + 1 feature maps. The
-            first has 1/`encoder.patch` of the image's height and width, each following map half
-            the size of the one before.
+            `flax_unet.efficientnet.Encoder`. It is called with an image (and with `train`,
+            `weight` and `step`, if it has such arguments) and returns `encoder.levels` + 1 feature
+            maps. The first has 1/`encoder.patch` of the image's height and width, each following
+            map half the size of the one before.
     """
 
     features: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
@@ -330,7 +350,11 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, train: bool = False, weight: jax.Array | None = None
+        self,
+        image: jax.Array,
+        train: bool = False,
+        weight: jax.Array | None = None,
+        step: jax.Array | None = None,
     ) -> jax.Array:
         """Logits of an image.
 
@@ -339,6 +363,7 @@ class UNet(nn.Module):
             train: enable dropout, which needs `rngs={"dropout": key}`, and batch statistics, which
                 need `mutable=["batch_stats"]`.
             weight: [B], 0 for images to leave out of the batch statistics.
+            step: number of updates so far, for the warm-up of the batch statistics.
 
         Returns:
             Logits, float32 [B, H, W, num_classes].
@@ -360,25 +385,25 @@ class UNet(nn.Module):
         if self.encoder is None:
             x, maps = space_to_depth(image.astype(self.dtype), patch), []
             for level in range(skips):
-                x = block(level, f"down{level}")(x, train, weight)
+                x = block(level, f"down{level}")(x, train, weight, step)
                 maps.append(x)
                 x = max_pool(x)
-            x = block(skips, "bottleneck")(x, train, weight)
+            x = block(skips, "bottleneck")(x, train, weight, step)
         else:
-            *maps, x = self._encode(image, train, weight)
+            *maps, x = self._encode(image, train=train, weight=weight, step=step)
         logits = []
         for level in reversed(range(skips)):
             x = ConvTranspose(self.features[level], 2, self.dtype, name=f"upsample{level}")(x)
             x = jnp.concatenate([x, maps[level]], axis=-1)
-            x = block(level, f"up{level}")(x, train, weight)
+            x = block(level, f"up{level}")(x, train, weight, step)
             if self.deep and level:
                 logits.append(head(level, f"head{level}")(x))
         return sum(logits, head(0, "head")(x))
 
-    def _encode(self, image: jax.Array, train: bool, weight: jax.Array | None) -> list[jax.Array]:
+    def _encode(self, image: jax.Array, **options: Any) -> list[jax.Array]:
         """The encoder's maps; ValueError unless they are as its `patch` and `levels` promise."""
         assert self.encoder is not None
-        maps = self.encoder(image, **accepted(self.encoder, train=train, weight=weight))
+        maps = self.encoder(image, **accepted(self.encoder, **options))
         patch, skips = self._shape()
         sides = [patch * 2**i for i in range(skips + 1)]
         expected = [(image.shape[1] // side, image.shape[2] // side) for side in sides]

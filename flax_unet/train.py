@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_unet import classes, metrics
 from flax_unet.augment import Augment
 from flax_unet.cpu import compiler_options
-from flax_unet.model import accepted
+from flax_unet.model import accepted, warm_up
 from flax_unet.pictures import as_float
 
 Batch = Mapping[str, jax.Array | np.ndarray]
@@ -79,7 +79,7 @@ def average_params(decay: float) -> optax.GradientTransformation:
         return Average(jnp.zeros((), jnp.int32), params)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        capped = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
+        capped = warm_up(decay, state.count)
         new = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda a, x: a + (1 - capped) * (x - a), state.params, new)
         return updates, Average(state.count + 1, average)
@@ -179,8 +179,9 @@ def train_step(
         state: its `step` selects the randomness, so that step n is the same after a restart.
         batch: `image`, `mask` and `weight`, and perhaps `pixel_weight`, see above.
         key: the run's PRNG key, the same for every step.
-        model: a Linen module called with an image, and with `train=True` and `weight=weight` if
-            its `__call__` accepts them; `weight` keeps padding images out of batch statistics.
+        model: a Linen module called with an image, and with `train=True`, `weight=weight` and
+            `step=state.step` if its `__call__` accepts them; `weight` keeps padding images out of
+            batch statistics.
             Dropout keys come from `rngs={"dropout": key}`.
         tx: the optimizer.
         loss_fn: see `Loss`; the mask is float32.
@@ -221,7 +222,7 @@ def train_step(
             image,
             rngs={"dropout": key},
             mutable=list(model_state),
-            **_training_arguments(model, micro_weight),
+            **_training_arguments(model, micro_weight, state.step),
         )
         loss = loss_fn(logits, mask, *extra)
         _check_loss(loss, micro_weight)
@@ -260,13 +261,13 @@ def train_step(
     return TrainState(state.step + 1, params, model_state, opt_state), result
 
 
-def _training_arguments(model: nn.Module, weight: jax.Array) -> dict[str, Any]:
-    """`train` and `weight`, if the model accepts them.
+def _training_arguments(model: nn.Module, weight: jax.Array, step: jax.Array) -> dict[str, Any]:
+    """`train`, `weight` and `step`, if the model accepts them.
 
     Raises:
         ValueError: the model has another name for `train`, and would be trained as for inference.
     """
-    arguments = accepted(model, train=True, weight=weight)
+    arguments = accepted(model, train=True, weight=weight, step=step)
     names = "training", "is_training", "is_train", "deterministic", "use_running_average"
     others = accepted(model, **dict.fromkeys(names))
     if "train" not in arguments and others:

@@ -119,6 +119,23 @@ def test_batch_norm_and_its_gradient_equal_the_reference_and_flax():
         np.testing.assert_allclose(by_params[name], expected[0][name], rtol=1e-3, atol=1e-4)
 
 
+def test_batch_statistics_warm_up_with_the_steps():
+    batches = np.random.default_rng(0).normal(5, 3, (12, 4, 6, 6, 2)).astype(np.float32)
+    params = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
+    stats = {"mean": jnp.zeros(2), "variance": jnp.ones(2)}
+    mean, variance = np.zeros(2), np.ones(2)
+    for i, x in enumerate(batches):
+        _, after = BatchNorm().apply(
+            {"params": params, "batch_stats": stats}, x, True, None, i, mutable=["batch_stats"]
+        )
+        stats, keep = after["batch_stats"], (1 + i) / (10 + i)
+        mean = keep * mean + (1 - keep) * x.mean((0, 1, 2))
+        variance = keep * variance + (1 - keep) * x.var((0, 1, 2))
+    np.testing.assert_allclose(stats["mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(stats["variance"], variance, rtol=1e-4)
+    assert abs(stats["mean"] - 5).max() < 0.5  # 0.99 from 0 would have left it at 0.6
+
+
 def test_a_batch_of_padding_leaves_the_batch_statistics_unchanged():
     x, stats = normal(0, 2, 4, 4, 3), {"mean": jnp.ones(3), "variance": jnp.full(3, 2.0)}
     params = {"scale": jnp.ones(3), "bias": jnp.zeros(3)}

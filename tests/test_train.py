@@ -12,6 +12,7 @@ import reference
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_unet import augment, losses, predict, train
+from flax_unet.efficientnet import Encoder
 from flax_unet.model import Dropout, UNet
 
 MODEL = UNet(features=(4, 8), norm=2, dropout=0.2)
@@ -328,6 +329,28 @@ class Silent(nn.Module):
     @nn.compact
     def __call__(self, image):
         return nn.Conv(1, (1, 1))(nn.relu(nn.Conv(4, (3, 3))(image)))
+
+
+@pytest.mark.parametrize("encoder", [None, Encoder("lite0")])
+def test_a_step_passes_its_number_to_every_batch_norm(encoder):
+    features = (2, 2, 2, 2) if encoder else (2, 4)
+    model = UNet(features=features, convs=1, norm="batch", encoder=encoder)
+    batch = make_batch(2, 64)
+    tx = optax.sgd(0.0)
+    state = train.create_train_state(model, tx, jax.random.key(0), (1, 64, 64, 3))
+    step = train.make_train_step(model, tx, losses.bce)
+    image = batch["image"] / np.float32(255)
+    # With step None the momentum is 0.99, and 0.1 in the first of the steps.
+    options = {"train": True, "weight": batch["weight"], "mutable": ["batch_stats"]}
+    _, fixed = model.apply(state.variables, image, **options)
+    before = state.model_state["batch_stats"]
+    expected = jax.tree.map(lambda old, new: old + 90 * (new - old), before, fixed["batch_stats"])
+    expected = jax.device_get(expected)
+    state, _ = step(state, batch, jax.random.key(1))
+    for a, b in zip(
+        *map(jax.tree.leaves, (state.model_state["batch_stats"], expected)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
 
 
 def test_a_module_with_stock_batch_norm_is_trained_and_evaluated():
