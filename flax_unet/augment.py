@@ -57,6 +57,7 @@ def random_affine(
     shear: float = 10.0,
     shift: float = 0.1,
     elastic: float = 0.0,
+    upright: bool = False,
     outside: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Flip, rotate, scale, shear, shift and bend each image and its mask in one resampling.
@@ -75,6 +76,7 @@ def random_affine(
         elastic: standard deviation, as a fraction of height and width, of the displacements of a
             5x5 grid of knots, interpolated cubically in between. After Simard, Steinkraus, Platt:
             "Best Practices for Convolutional Neural Networks", ICDAR 2003, who displace each pixel.
+        upright: whether no image is turned upside down by a flip.
         outside: value of the mask outside the image.
 
     Returns:
@@ -91,7 +93,7 @@ def random_affine(
         u = jax.random.uniform(key, (7,), minval=-1.0)
         matrix = affine(
             rotation=rotation * u[0],
-            scale=scale ** u[1] * jnp.where(u[2:4] < 0, -1.0, 1.0),
+            scale=scale ** u[1] * jnp.where(u[2:4] < jnp.array([-upright, 0]), -1.0, 1.0),
             shear=shear * u[4],
             shift=shift * u[5:] * jnp.array([height, width]),
         )
@@ -220,9 +222,11 @@ def random_colour(
 ) -> tuple[jax.Array, jax.Array]:
     """Change the colours of each image, uniformly at random.
 
+    An image without colours, which has other than 3 channels, only changes brightness and contrast.
+
     Args:
         key: a PRNG key.
-        image: [B, H, W, 3], uint8 or float in [0, 1].
+        image: [B, H, W, C], uint8 or float in [0, 1].
         mask: returned unchanged.
         brightness, contrast, saturation: maximum difference of the factor from 1.
         hue: maximum in degrees, in either direction.
@@ -233,6 +237,10 @@ def random_colour(
 
     def per_image(key: jax.Array, image: jax.Array) -> jax.Array:
         u = jax.random.uniform(key, (4,), minval=-1.0)
+        if image.shape[-1] != 3:
+            mean = (1 + brightness * u[0]) * image.mean()
+            scaled = (1 + contrast * u[1]) * (1 + brightness * u[0]) * image
+            return jnp.clip(scaled - contrast * u[1] * mean, 0, 1)
         return recolour(
             image,
             brightness=1 + brightness * u[0],

@@ -1,8 +1,8 @@
-"""Data sets: pictures decoded and resized once into uint8 arrays, then served in batches.
+"""Data sets: pictures decoded and resized once into arrays, then served in batches.
 
 A source is a sequence of dicts `{"name": str, "image": bytes, "mask": bytes}`, encoded in any
-format that Pillow reads: a split of `tfds_kvasir.sources`, or a `FolderSource`. If an entry also
-has `files`, the paths of image and mask, error messages name those.
+format that Pillow reads or as `.npy`: a split of `tfds_kvasir.sources`, or a `FolderSource`. If an
+entry also has `files`, the paths of image and mask, error messages name those.
 """
 
 import contextlib
@@ -21,17 +21,19 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from flax_unet import classes, formats, summary
+from flax_unet import classes, formats, images, summary
 from flax_unet.folders import SPLITS as SPLITS
 from flax_unet.folders import FolderSource as FolderSource
 from flax_unet.folders import list_pictures as list_pictures
 from flax_unet.formats import MaskFormat
+from flax_unet.images import ImageFormat
+from flax_unet.parallel import map_all
 from flax_unet.pictures import (
     DataError,
+    open_content,
     open_picture,
     resize_image,
     resize_mask,
-    to_rgb,
 )
 from flax_unet.summary import Facts
 
@@ -40,12 +42,14 @@ class Arrays(NamedTuple):
     """A data set in memory.
 
     Attributes:
-        image: uint8 [N, H, W, 3]; a NumPy array, or on a device (see `to_device`).
+        image: [N, H, W, C], uint8 or float32 in [0, 1]; a NumPy array, or on a device (see
+            `to_device`).
         mask: uint8 [N, H, W, 1] of 0 and 1 or of class indices, and `classes.IGNORE`; likewise.
         name: N names.
         fingerprint: the source's, see the function `fingerprint`.
         mask_format: what the values of the mask files meant.
         facts: what each mask held at its own size, for a summary; N, or none.
+        image_format: channels and range of the pictures.
     """
 
     image: np.ndarray | jax.Array
@@ -54,31 +58,41 @@ class Arrays(NamedTuple):
     fingerprint: str
     mask_format: MaskFormat = formats.BINARY
     facts: Sequence[Facts] = ()
+    image_format: ImageFormat = images.RGB
 
 
-def decode_pair(example: dict[str, Any], mask_format: MaskFormat) -> tuple[Image.Image, np.ndarray]:
-    """Decode an entry of a source: an RGB picture, and a mask of class indices, uint8 [H, W].
+def decode_pair(
+    example: dict[str, Any], mask_format: MaskFormat, image_format: ImageFormat
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decode an entry of a source at its own size.
+
+    Returns:
+        The image [H, W, C], uint8 or float32 in [0, 1], and the mask of class indices, uint8
+        [H, W].
 
     Raises:
         DataError: one of them is unusable, or their sizes or EXIF orientations differ.
     """
     name = example["name"]
     files = example.get("files", (f"image {name}", f"mask {name}"))
-    image = open_picture(example["image"], files[0])
+    picture = open_content(example["image"], files[0])
     mask = open_picture(example["mask"], files[1])
-    if image.size != mask.size:
+    image = images.read(picture, image_format, files[0])
+    height, width = image.shape[:2]
+    if (width, height) != mask.size:
         raise DataError(
-            f"{files[0]} is {image.width}x{image.height} but {files[1]} is "
-            f"{mask.width}x{mask.height}: make them the same size"
+            f"{files[0]} is {width}x{height} but {files[1]} is {mask.width}x{mask.height}: make "
+            "them the same size"
         )
-    turns = image.info["orientation"], mask.info["orientation"]
+    upright = picture.info["orientation"] if isinstance(picture, Image.Image) else 1
+    turns = upright, mask.info["orientation"]
     quarter = (turns[0] > 4) != (turns[1] > 4)
-    if turns[0] != turns[1] and not (quarter and image.width != image.height):
+    if turns[0] != turns[1] and not (quarter and width != height):
         raise DataError(
             f"{files[0]} has the EXIF orientation {turns[0]} and {files[1]} {turns[1]}, so it is "
             "not clear how they belong together: save both upright"
         )
-    return to_rgb(image, files[0]), formats.read(mask, mask_format, files[1])
+    return image, formats.read(mask, mask_format, files[1])
 
 
 def fingerprint(source: Sequence[dict[str, Any]], pictures: dict[bytes, str] | None = None) -> str:
@@ -102,6 +116,7 @@ def load(
     source: Sequence[dict[str, Any]],
     size: int | tuple[int, int],
     mask_format: MaskFormat | None = None,
+    image_format: ImageFormat | None = None,
     *,
     cache: str | os.PathLike | None = None,
     pictures: dict[bytes, str] | None = None,
@@ -113,6 +128,8 @@ def load(
         size: height and width of the arrays.
         mask_format: what the values of the masks mean; by default found from this source, which
             takes about as long again.
+        image_format: channels and range of the images; by default found from this source, see
+            `images.find`.
         cache: a folder for the results. File names contain a hash of the source's content, the size
             and the version of Pillow, whose decoders differ. If a file cannot be written, a warning
             is issued.
@@ -126,26 +143,28 @@ def load(
     size = (size, size) if isinstance(size, int) else size
     content, file = fingerprint(source, pictures), None
     mask_format = mask_format or formats.find(source)
+    image_format = image_format or images.find(source)
     if cache is not None:
-        # "3" is the version of our decoding and resizing: bump it when they change.
-        meaning = hashlib.sha256(repr(mask_format).encode()).hexdigest()[:8]
-        key = f"3-{content[:32]}-{meaning}-{size[0]}x{size[1]}-pillow{PIL.__version__}"
+        # "4" is the version of our decoding and resizing: bump it when they change.
+        meaning = hashlib.sha256(repr((mask_format, image_format)).encode()).hexdigest()[:8]
+        key = f"4-{content[:32]}-{meaning}-{size[0]}x{size[1]}-pillow{PIL.__version__}"
         file = Path(cache).expanduser() / f"{key}.npz"
         try:
             with file.open("rb") as stream, np.load(stream) as stored:
                 names = stored["name"].tolist()
                 known = [Facts(*each) for each in json.loads(str(stored["facts"]))]
-                return Arrays(stored["image"], stored["mask"], names, content, mask_format, known)
+                both = stored["image"], stored["mask"]
+                return Arrays(*both, names, content, mask_format, known, image_format)
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             pass  # missing or damaged: decode again
 
     def decode(i: int) -> tuple[np.ndarray, np.ndarray, str, Facts]:
-        image, resized, name, mask = _decode(source, i, size, mask_format)
+        image, resized, name, mask = decode_resized(source, i, size, mask_format, image_format)
         return image, resized, name, summary.facts(mask, resized)
 
-    images, masks, names, known = zip(*formats.map_all(decode, range(len(source))), strict=True)
-    stacked = np.stack(images), np.stack(masks)
-    arrays = Arrays(*stacked, list(names), content, mask_format, known)
+    resized, masks, names, known = zip(*map_all(decode, range(len(source))), strict=True)
+    stacked = np.stack(resized), np.stack(masks)
+    arrays = Arrays(*stacked, list(names), content, mask_format, known, image_format)
     if file is not None:
         part = file.with_suffix(f".{os.getpid()}.part")
         try:
@@ -161,12 +180,16 @@ def load(
     return arrays
 
 
-def _decode(
-    source: Sequence[dict[str, Any]], i: int, size: tuple[int, int], mask_format: MaskFormat
+def decode_resized(
+    source: Sequence[dict[str, Any]],
+    i: int,
+    size: tuple[int, int],
+    mask_format: MaskFormat,
+    image_format: ImageFormat,
 ) -> tuple[np.ndarray, np.ndarray, str, np.ndarray]:
-    """The resized image and mask, the name, and the mask at its own size."""
+    """Image and mask of an entry at the network's size, its name, and the mask at its own size."""
     example = source[i]
-    image, mask = decode_pair(example, mask_format)
+    image, mask = decode_pair(example, mask_format, image_format)
     return resize_image(image, size), resize_mask(mask, size), example["name"], mask
 
 
@@ -212,7 +235,7 @@ def batches(
         order: indices of the images, in order; by default all of them as they are.
 
     Yields:
-        `image` uint8 [B, H, W, 3], `mask` uint8 [B, H, W, 1], `weight` float32 [B]. For arrays on a
+        `image` [B, H, W, C], `mask` uint8 [B, H, W, 1], `weight` float32 [B]. For arrays on a
         device: the entire `image` and `mask`, the rows `index` int32 [B], and `weight`.
 
     Raises:
@@ -241,6 +264,7 @@ def stream(
     order: np.ndarray | None = None,
     *,
     mask_format: MaskFormat,
+    image_format: ImageFormat,
 ) -> Iterator[dict[str, Any]]:
     """The batches of `batches`, decoded and resized on all cores while they are consumed.
 
@@ -248,7 +272,7 @@ def stream(
     `stream`.
 
     Args:
-        source, size, mask_format: as `load` takes them.
+        source, size, mask_format, image_format: as `load` takes them.
         batch_size, order: as `batches` takes them.
 
     Raises:
@@ -263,12 +287,13 @@ def stream(
         pairs: Sequence[tuple[np.ndarray, np.ndarray, str, np.ndarray]],
     ) -> dict[str, np.ndarray]:
         index, weight = pad(np.arange(len(pairs)), batch_size)
-        images, masks, *_ = zip(*(pairs[i] for i in index), strict=True)
-        return {"image": np.stack(images), "mask": np.stack(masks), "weight": weight}
+        resized, masks, *_ = zip(*(pairs[i] for i in index), strict=True)
+        return {"image": np.stack(resized), "mask": np.stack(masks), "weight": weight}
 
     read_options = grain.ReadOptions(
         num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * batch_size
     )
-    decode = partial(_decode, source, size=size, mask_format=mask_format)
+    formats = {"mask_format": mask_format, "image_format": image_format}
+    decode = partial(decode_resized, source, size=size, **formats)
     decoded = grain.MapDataset.source(order.tolist()).map(decode)
     yield from decoded.to_iter_dataset(read_options).batch(batch_size, batch_fn=stack)

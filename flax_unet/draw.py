@@ -19,11 +19,21 @@ def outline(mask: np.ndarray) -> np.ndarray:
     return mask & ~np.asarray(ndimage.binary_erosion(mask, iterations=2, border_value=1), bool)
 
 
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """An image [H, W, C], uint8 or float in [0, 1], as uint8 [H, W, 3].
+
+    One or two channels are shown as the grey of the first, more as the colours of the first three.
+    """
+    image = np.asarray(image)
+    image = image[..., :3] if image.shape[-1] > 2 else image[..., :1].repeat(3, axis=-1)
+    return image if image.dtype == np.uint8 else (255 * image).round().astype(np.uint8)
+
+
 def overlay(image: np.ndarray, proba: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     """Blend a prediction into the image in magenta, and draw the true outline in green.
 
     Args:
-        image: uint8 [H, W, 3].
+        image: see `as_rgb`.
         proba: [H, W] in [0, 1]; the opacity is half of it.
         mask: the true mask [H, W], if known.
 
@@ -31,7 +41,7 @@ def overlay(image: np.ndarray, proba: np.ndarray, mask: np.ndarray | None = None
         uint8 [H, W, 3].
     """
     alpha = 0.5 * np.asarray(proba, np.float32)[..., None]
-    blended = image * (1 - alpha) + np.array(PREDICTED, np.float32) * alpha
+    blended = as_rgb(image) * (1 - alpha) + np.array(PREDICTED, np.float32) * alpha
     if mask is not None:
         blended[outline(mask)] = TRUE
     return blended.round().astype(np.uint8)
@@ -47,7 +57,7 @@ def panels(image: np.ndarray, proba: np.ndarray, mask: np.ndarray | None = None)
     """
     grey = (255 * np.asarray(proba, np.float32)).round().astype(np.uint8)
     grey = np.stack([grey] * 3, axis=-1)
-    return np.concatenate([image, grey, overlay(image, proba, mask)], axis=1)
+    return np.concatenate([as_rgb(image), grey, overlay(image, proba, mask)], axis=1)
 
 
 def palette(k: int) -> np.ndarray:
@@ -66,7 +76,7 @@ def class_overlay(image: np.ndarray, index: np.ndarray, colours: np.ndarray) -> 
     """Blend the colours of classes into an image; class 0 and what does not count stay as they are.
 
     Args:
-        image: uint8 [H, W, 3].
+        image: see `as_rgb`.
         index: uint8 [H, W].
         colours: from `palette`.
 
@@ -74,7 +84,7 @@ def class_overlay(image: np.ndarray, index: np.ndarray, colours: np.ndarray) -> 
         uint8 [H, W, 3].
     """
     painted = (index > 0) & (index < len(colours))
-    colour = colours[np.where(painted, index, 0)]
+    image, colour = as_rgb(image), colours[np.where(painted, index, 0)]
     return np.where(painted[..., None], (image.astype(int) + colour) // 2, image).astype(np.uint8)
 
 
@@ -88,7 +98,7 @@ def class_panels(image: np.ndarray, index: np.ndarray, mask: np.ndarray) -> np.n
     """
     colours = palette(256)
     overlays = [class_overlay(image, x, colours[:255]) for x in (mask, index)]
-    return np.concatenate([image, *overlays], axis=1)
+    return np.concatenate([as_rgb(image), *overlays], axis=1)
 
 
 def legend(names: Sequence[str], width: int) -> np.ndarray:

@@ -69,7 +69,11 @@ class MBConv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, train: bool, weight: jax.Array | None, step: jax.Array | None
+        self,
+        x: jax.Array,
+        train: bool,
+        weight: jax.Array | None = None,
+        step: jax.Array | None = None,
     ) -> jax.Array:
         def norm(x: jax.Array, name: str) -> jax.Array:
             return BatchNorm(epsilon=EPSILON, name=f"{name}_norm")(x, train, weight, step)
@@ -91,7 +95,7 @@ class MBConv(nn.Module):
 
 
 class Encoder(nn.Module):
-    """An image [B, H, W, 3] in [0, 1] to feature maps at 1/2, 1/4, 1/8, 1/16 and 1/32 of its size.
+    """An image [B, H, W, C] in [0, 1] to feature maps at 1/2, 1/4, 1/8, 1/16 and 1/32 of its size.
 
     H and W are multiples of 32. `patch` and `levels` are explained at `flax_unet.model.UNet`.
     """
@@ -173,9 +177,29 @@ def encoder_variables(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def with_imagenet(variables: dict[str, Any], variant: Variant) -> dict[str, Any]:
-    """The variables of a `UNet` with an `Encoder`, the encoder's replaced by `imagenet`'s."""
+    """The variables of a `UNet` with an `Encoder`, the encoder's replaced by `imagenet`'s.
+
+    The first convolution is adapted to the number of channels, see `adapt_stem`.
+    """
     pretrained = imagenet(variant)
+    stem = pretrained["params"]["stem"]
+    channels = variables["params"]["encoder"]["stem"]["kernel"].shape[2]
+    stem["kernel"] = adapt_stem(stem["kernel"], channels)
     return {
         collection: {**arrays, "encoder": pretrained[collection]}
         for collection, arrays in variables.items()
     }
+
+
+def adapt_stem(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """A kernel for red, green and blue, [h, w, 3, K], as one for other channels.
+
+    One channel gets the sum, so that a grey image gives what it gave in three equal channels. Of
+    others, channel c gets the kernel of colour c % 3 times 3 / channels, as `adapt_input_conv` of
+    Wightman's pytorch-image-models (timm) does, which keeps the magnitude of the result.
+    """
+    if channels == 1:
+        return kernel.sum(2, keepdims=True)
+    if channels == 3:
+        return kernel
+    return kernel[:, :, np.arange(channels) % 3] * np.float32(3 / channels)

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_unet import boundary, classes, data, formats, metrics, pictures
+from flax_unet import boundary, classes, data, formats, images, metrics, pictures
 from flax_unet.classes import IGNORE
 from flax_unet.formats import MaskFormat
+from flax_unet.images import ImageFormat
 from flax_unet.losses import bce
 from flax_unet.model import accepted
 from flax_unet.train import Loss, make_eval_step
@@ -87,7 +88,7 @@ class Scores(NamedTuple):
     """A batch of n pictures, scored by `score`."""
 
     name: list[str]
-    image: np.ndarray  # uint8 [n, H, W, 3], at the network's size like all but `own_size`
+    image: np.ndarray  # [n, H, W, C], at the network's size like all but `own_size`
     mask: np.ndarray  # uint8 [n, H, W, 1]
     prediction: np.ndarray  # [n, H, W, 1]: float16 probabilities of one class, uint8 class indices
     result: dict[str, Any]  # of `train.eval_step`, with padding and without logits
@@ -102,8 +103,9 @@ def score(
     model: Any,
     variables: Any,
     source: Sequence[dict[str, Any]],
-    size: int,
+    size: int | tuple[int, int],
     mask_format: MaskFormat | None = None,
+    image_format: ImageFormat | None = None,
     *,
     batch_size: int = 8,
     loss_fn: Loss = bce,
@@ -117,6 +119,7 @@ def score(
         source: see `flax_unet.data`.
         size: height and width of the network's images.
         mask_format: what the values of the masks mean; by default found from this source.
+        image_format: channels and range of the images; likewise.
         batch_size: pictures at a time; affects `iou_coef`, speed and memory.
         loss_fn: (logits, labels) to the loss per image.
         tolerance: of the surface Dice, in percent of the picture's diagonal.
@@ -130,19 +133,16 @@ def score(
     if not len(source):
         raise pictures.DataError("the data set is empty")
 
-    mask_format = mask_format or formats.find(source)
-
-    def decode(i: int) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
-        example = source[i]
-        image, mask = data.decode_pair(example, mask_format)
-        resized = (
-            pictures.resize_image(image, (size, size)),
-            pictures.resize_mask(mask, (size, size)),
-        )
-        return example["name"], *resized, mask
+    decode = partial(
+        data.decode_resized,
+        source,
+        size=(size, size) if isinstance(size, int) else size,
+        mask_format=mask_format or formats.find(source),
+        image_format=image_format or images.find(source),
+    )
 
     def at_own_size(proba: np.ndarray, true: np.ndarray) -> tuple[Any, Any, np.ndarray]:
-        proba, counted = pictures.resize_proba(proba, true.shape), true != IGNORE
+        proba, counted = pictures.resize_image(proba, true.shape), true != IGNORE
         predicted = classes.decide(proba)[..., 0]
         found = [1] if proba.shape[-1] == 1 else range(proba.shape[-1])
         scores = [
@@ -159,8 +159,8 @@ def score(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(source), batch_size):
             index = range(start, min(start + batch_size, len(source)))
-            names, images, masks, true = zip(*pool.map(decode, index), strict=True)
-            image, mask = np.stack(images), np.stack(masks)
+            resized, masks, names, true = zip(*pool.map(decode, index), strict=True)
+            image, mask = np.stack(resized), np.stack(masks)
             rows, weight = data.pad(np.arange(len(index)), batch_size)
             batch = {"image": image[rows], "mask": mask[rows], "weight": weight}
             if step is None:  # compiled before it is timed

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from flax_unet.pictures import DataError
 
 SPLITS = ("train", "validation", "test")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".npy")
 #: Folders with these names hold a split, or one half of the pairs.
 SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | (
     dict.fromkeys(("val", "valid", "validation"), "validation")

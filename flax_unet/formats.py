@@ -6,24 +6,21 @@ file that contradicts the format is an error: nothing is guessed for one file al
 
 import csv
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
 from flax_unet.classes import IGNORE
+from flax_unet.parallel import map_all
 from flax_unet.pictures import DataError, open_picture
 
-S = TypeVar("S")
-T = TypeVar("T")
 #: A grey value or the index of a palette, or a colour (red, green, blue).
 Value = int | tuple[int, int, int]
 
@@ -262,30 +259,6 @@ def _survey(entry: tuple[Sequence[dict[str, Any]], int]) -> _Facts:
     example = source[i]
     name = example.get("files", (None, f"mask {example['name']}"))[1]
     return _look(open_picture(example["mask"], name), name)
-
-
-def map_all(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
-    """The results of a function, computed on all cores; errors are collected.
-
-    Raises:
-        DataError: some calls raised one; the message has those of all.
-    """
-
-    def call(item: S) -> tuple[T | None, DataError | None]:
-        try:
-            return function(item), None
-        except DataError as error:
-            return None, error
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pairs = list(pool.map(call, items))
-    errors = [error for _, error in pairs if error is not None]
-    if len(errors) > 1:
-        shown = "\n  ".join(str(error) for error in errors[:20])
-        raise DataError(f"{len(errors)} pictures are unusable:\n  {shown}") from errors[0]
-    if errors:
-        raise errors[0]
-    return [result for result, _ in pairs]  # type: ignore[misc]
 
 
 def _discover(facts: list[_Facts], ignore: Sequence[int]) -> MaskFormat:

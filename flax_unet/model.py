@@ -1,4 +1,4 @@
-"""The U-Net: image [B, H, W, 3] in [0, 1] to logits [B, H, W, classes].
+"""The U-Net: image [B, H, W, C] in [0, 1] to logits [B, H, W, classes].
 
 Ronneberger, Fischer, Brox: "U-Net: Convolutional Networks for Biomedical Image Segmentation",
 MICCAI 2015.

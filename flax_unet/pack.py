@@ -23,7 +23,7 @@ class Packed(NamedTuple):
 
     model: UNet
     variables: dict[str, Any]
-    image_size: int  # height and width of the images that it was trained on
+    image_size: int | tuple[int, int]  # height and width of the images that it was trained on
     about: dict[str, Any]  # its origin
 
 
@@ -119,7 +119,9 @@ def load(folder: str | os.PathLike) -> Packed:
         with np.load(folder / "weights.npz", allow_pickle=False) as stored:
             arrays = {name: stored[name].astype(np.float32) for name in stored.files}
         model, variables = build(content["model"]), unflatten_dict(arrays, sep="/")
-        return Packed(model, variables, int(content["image_size"]), content["about"])
+        size = content["image_size"]
+        size = tuple(size) if isinstance(size, list) else int(size)
+        return Packed(model, variables, size, content["about"])
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.filename} is missing: there is no model here") from error
     except Exception as error:  # zip, NumPy and JSON raise a dozen kinds

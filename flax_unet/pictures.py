@@ -1,16 +1,17 @@
-"""Picture files to arrays: decoding, RGB images, resizing. Masks are read by `formats`.
+"""Picture files: decoding and resizing. `images` and `formats` say what the values mean.
 
 Throughout the library a *picture* is a file or what Pillow makes of it, an *image* is an array.
 """
 
 import io
 from pathlib import Path
+from typing import IO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, ImageSequence
 
 #: Pictures with more pixels are refused before they are decoded.
 MAX_PIXELS = 100_000_000
@@ -29,65 +30,116 @@ def as_float(image: jax.Array) -> jax.Array:
     raise ValueError(f"image has type {image.dtype}: use uint8 in 0..255 or float in [0, 1]")
 
 
+#: What a picture file holds: one picture, an array [H, W, C], or the pages of a TIFF file.
+Content = Image.Image | np.ndarray | list[Image.Image]
+
+
 def open_picture(data: bytes | Path, name: str) -> Image.Image:
     """Decode a picture and apply its EXIF orientation, kept in `info["orientation"]`.
 
     Args:
-        data: its encoded bytes, or its file.
+        data: its encoded bytes, or its file: of a format that Pillow reads, or `.npy` [H, W].
         name: what error messages call it.
 
     Raises:
         DataError: it cannot be decoded, has more than `MAX_PIXELS` pixels, several pages or frames,
             or colours of 16 bits, which Pillow cuts to 8.
     """
+    content = open_content(data, name)
+    if isinstance(content, list):
+        raise DataError(f"{name}: {len(content)} pages: save each one as a separate file")
+    if isinstance(content, np.ndarray):
+        raise DataError(f"{name}: its shape is {content.shape}: it must be [H, W]")
+    return content
+
+
+def open_content(data: bytes | Path, name: str, *, decode: bool = True) -> Content:
+    """What a file holds, which may also be an array `.npy` [H, W, C], or several pages of a TIFF.
+
+    Args:
+        data, name: see `open_picture`.
+        decode: whether Pillow decodes a single picture already, and applies its orientation.
+
+    Raises:
+        DataError: as `open_picture`, but for arrays and pages.
+    """
     try:
-        picture = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
-        if picture.width * picture.height > MAX_PIXELS:
-            size = f"{picture.width} x {picture.height}"
-            raise DataError(f"{size} pixels, more than {MAX_PIXELS:,}: make it smaller")
-        if picture.tile and ";16" in str(picture.tile[0].args) and not picture.mode.startswith("I"):
-            raise DataError("16-bit colours, of which 8 bits would be lost: convert it to 8 bits")
+        file = io.BytesIO(data if isinstance(data, bytes) else data.read_bytes())
+        if file.read(6) == b"\x93NUMPY":
+            return _from_array(_read_array(file))
+        file.seek(0)
+        picture = Image.open(file)
         frames = getattr(picture, "n_frames", 1)
-        if frames > 1 and picture.format != "MPO":  # a JPEG with previews
-            raise DataError(f"{frames} pages or frames: save each one as a separate file")
-        picture.load()
-        picture.info["orientation"] = picture.getexif().get(ExifTags.Base.Orientation, 1)
-        ImageOps.exif_transpose(picture, in_place=True)  # in place, because a copy has no format
+        several = frames > 1 and picture.format != "MPO"  # a JPEG with previews
+        _check_size(picture.width, picture.height, frames if several else 1)
+        if picture.tile and ";16" in str(picture.tile[0].args) and not picture.mode.startswith("I"):
+            raise DataError(
+                "16-bit colours, of which 8 bits would be lost: save it as .npy, or with 8 bits"
+            )
+        if several and picture.format != "TIFF":
+            raise DataError(f"{frames} frames: save each one as a separate file")
+        if several:
+            return [page.copy() for page in ImageSequence.Iterator(picture)]
+        if decode:
+            picture.load()
+            picture.info["orientation"] = picture.getexif().get(ExifTags.Base.Orientation, 1)
+            ImageOps.exif_transpose(picture, in_place=True)  # in place: a copy has no format
         return picture
     except Exception as error:  # Pillow's decoders raise a dozen kinds on a broken file
         reason = "unknown format" if isinstance(error, PIL.UnidentifiedImageError) else error
         raise DataError(f"{name}: not a readable picture ({reason})") from error
 
 
-def to_rgb(picture: Image.Image, name: str = "picture") -> Image.Image:
-    """Convert a picture of any mode to 8-bit RGB; transparency is dropped.
-
-    Integer grey of more than 8 bits is divided by 257, float grey in [0, 1] multiplied by 255.
-
-    Raises:
-        DataError: floats outside [0, 1], or integers that do not fill 16 bits: 12-bit data in a
-            16-bit file would become almost black.
-    """
-    if picture.mode.startswith("F"):
-        values = np.asarray(picture, np.float64)
-        if not ((values >= 0) & (values <= 1)).all():
-            raise DataError(f"{name}: its float grey values must be in [0, 1]: rescale them")
-        picture = Image.fromarray((values * 255).round().astype(np.uint8))
-    elif picture.mode.startswith("I"):
-        values = np.asarray(picture, np.float64)
-        low, high = values.min(), values.max()
-        if low < 0 or high > 65535 or 0 < high < 32768:
-            raise DataError(
-                f"{name}: its integer grey values are {low:.0f} to {high:.0f} of an unknown range: "
-                "rescale them to 8 bits, or to the full range of 16 bits"
-            )
-        picture = Image.fromarray((values / 257).round().astype(np.uint8))
-    return picture.convert("RGB")
+def _check_size(width: int, height: int, pages: int) -> None:
+    if width * height * pages > MAX_PIXELS:
+        size = f"{width} x {height}" + f" x {pages}" * (pages > 1)
+        raise DataError(f"{size} pixels, more than {MAX_PIXELS:,}: make it smaller")
 
 
-def resize_image(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """Resize an RGB picture, antialiased, to (height, width): uint8 [H, W, 3]."""
-    return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+def _read_array(file: IO[bytes]) -> np.ndarray:
+    """The array in a `.npy` file, whose size is checked before memory is allocated."""
+    file.seek(0)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise DataError(f"its shape is {shape}: it must be [H, W] or [H, W, C]")
+    if dtype.kind not in "buif":
+        raise DataError(f"its type is {dtype}: use integers or floats")
+    _check_size(shape[1], shape[0], *shape[2:] or (1,))
+    file.seek(0)
+    return np.load(file, allow_pickle=False)
+
+
+def _from_array(array: np.ndarray) -> Image.Image | np.ndarray:
+    """An array as a picture, if it has one channel."""
+    if array.ndim == 3 and array.shape[2] > 1:
+        return array
+    array = array.reshape(array.shape[:2])
+    if array.dtype.kind == "f":
+        picture = Image.fromarray(array.astype(np.float32))
+    elif array.dtype in (np.bool_, np.uint8, np.uint16):
+        picture = Image.fromarray(array)
+    elif array.min() < -(2**31) or array.max() >= 2**31:
+        raise DataError(f"its values reach {array.max()}: use at most 32 bits")
+    else:
+        picture = Image.fromarray(array.astype(np.int32))
+    picture.info["orientation"] = 1
+    return picture
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize an image [H, W, C], uint8 or float32, antialiased, to (height, width)."""
+
+    def resize(channels: np.ndarray) -> np.ndarray:
+        picture = Image.fromarray(channels)
+        return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+    if image.dtype == np.uint8 and image.shape[2] == 3:  # all at once
+        return resize(image)
+    return np.stack([resize(channel) for channel in np.moveaxis(image, -1, 0)], axis=-1)
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -105,12 +157,3 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     present = np.flatnonzero(np.bincount(mask.ravel()))
     best = np.argmax([area(mask == value) for value in present], axis=0)
     return present.astype(np.uint8)[best][..., None]
-
-
-def resize_proba(proba: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize probabilities float32 [H', W', C] bilinearly to (height, width): [H, W, C]."""
-    channels = [
-        np.asarray(Image.fromarray(channel).resize((size[1], size[0]), Image.Resampling.BILINEAR))
-        for channel in np.moveaxis(proba, -1, 0)
-    ]
-    return np.stack(channels, axis=-1)

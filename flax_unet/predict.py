@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from flax.errors import ScopeParamShapeError
 
-from flax_unet import classes, pictures
+from flax_unet import classes, images, pictures
 from flax_unet.cpu import compiler_options
+from flax_unet.images import ImageFormat
 from flax_unet.model import accepted
+from flax_unet.pictures import Content
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,17 @@ def predict_proba(model: Any, variables: Any, image: Any) -> jax.Array:
     Args:
         model: has a `stride`.
         variables: its parameters (and state).
-        image: [H, W, 3] or [B, H, W, 3]; uint8, or float in [0, 1].
+        image: [H, W, C] or [B, H, W, C]; uint8, or float in [0, 1].
 
     Returns:
-        Float32 [H, W, C] or [B, H, W, C] in [0, 1]; `classes.decide` makes masks of them.
+        Float32 [H, W, K] or [B, H, W, K] in [0, 1]; `classes.decide` makes masks of them.
 
     Raises:
-        ValueError: the image has another rank, type or range.
+        ValueError: the image has another rank, type, range or number of channels.
     """
     image = np.asarray(image)
     if image.ndim not in (3, 4):
-        raise ValueError(f"image has shape {image.shape}: it must be [H, W, 3] or [B, H, W, 3]")
+        raise ValueError(f"image has shape {image.shape}: it must be [H, W, C] or [B, H, W, C]")
     if image.dtype != np.uint8 and not ((image >= 0) & (image <= 1)).all():
         span = f"{image.min()} to {image.max()}"
         raise ValueError(f"image has values from {span}: use uint8, or float in [0, 1]")
@@ -84,22 +86,43 @@ def predict_proba(model: Any, variables: Any, image: Any) -> jax.Array:
     height, width = batch.shape[1:3]
     bottom, right = -height % model.stride, -width % model.stride
     padded = np.pad(batch, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
-    proba = _apply(model)(variables, padded)[:, :height, :width]
+    try:
+        proba = _apply(model)(variables, padded)[:, :height, :width]
+    except ScopeParamShapeError as error:
+        channels = f"the image has {image.shape[-1]} channels, and the model takes another number"
+        raise ValueError(f"{channels}: {error}") from error
     return proba if image.ndim == 4 else proba[0]
 
 
-def predict_picture(model: Any, variables: Any, picture: Image.Image, size: int) -> np.ndarray:
+def predict_picture(
+    model: Any,
+    variables: Any,
+    picture: Content,
+    size: int | tuple[int, int],
+    image_format: ImageFormat = images.RGB,
+) -> np.ndarray:
     """Probabilities at the picture's own size, computed at the size the model was trained on.
 
     Args:
         model: has a `stride`.
         variables: its parameters (and state).
-        picture: of any size and mode.
+        picture: of any size, from Pillow or `pictures.open_content`.
         size: height and width to which it is resized for the model.
+        image_format: as in training (`runs.Trained.image_format`).
 
     Returns:
         Float32 [H, W, C] in [0, 1].
+
+    Raises:
+        DataError: the picture is not of the format.
     """
-    image = pictures.resize_image(pictures.to_rgb(picture), (size, size))
-    proba = np.asarray(predict_proba(model, variables, image))
-    return pictures.resize_proba(proba, (picture.height, picture.width))
+    return predict_resized(model, variables, images.read(picture, image_format), size)
+
+
+def predict_resized(
+    model: Any, variables: Any, image: np.ndarray, size: int | tuple[int, int]
+) -> np.ndarray:
+    """`predict_picture` of an image [H, W, C] that was read already."""
+    size = (size, size) if isinstance(size, int) else size
+    proba = np.asarray(predict_proba(model, variables, pictures.resize_image(image, size)))
+    return pictures.resize_image(proba, image.shape[:2])

@@ -161,6 +161,8 @@ RECIPES = {
 }
 
 
+#: Largest rotation of pictures that have a top, in degrees.
+TILT = 10.0
 #: The losses for exclusive classes in place of those for one class.
 EXCLUSIVE = {"bce": "cross_entropy", "bce_soft_dice": "cross_entropy_soft_dice"}
 
@@ -172,6 +174,7 @@ def configure(
     encoder: Variant | None = None,
     dtype: str = "float32",
     num_classes: int = 1,
+    upright: bool = False,
 ) -> Recipe:
     """The recipe with another network.
 
@@ -184,6 +187,7 @@ def configure(
         encoder: variant of the encoder; by default the recipe's.
         dtype: type of the computation.
         num_classes: 1, or the number of exclusive classes.
+        upright: whether pictures have a top, and `random_affine` rotates them by `TILT` at most.
 
     Raises:
         ValueError: the recipe has no encoder, or the number of features is wrong.
@@ -193,13 +197,16 @@ def configure(
     if not 1 <= len(features) <= len(UNet.features) or min(features) < 1:
         raise ValueError(f"features is {features}: give one to six positive numbers")
     changes: dict[str, Any] = {"features": features, "dtype": jnp.dtype(dtype)}
+    affine = recipe.augment.get("random_affine")
+    if affine and upright:
+        rotation = min(TILT, affine.get("rotation", TILT))
+        affine = affine | {"rotation": rotation, "upright": True}
     if num_classes > 1:
         changes["num_classes"] = num_classes
-        augments = dict(recipe.augment)
-        if "random_affine" in augments:
-            augments["random_affine"] = augments["random_affine"] | {"outside": IGNORE}
-        loss = EXCLUSIVE.get(recipe.loss, recipe.loss)
-        recipe = replace(recipe, augment=augments, loss=loss)
+        affine = affine and affine | {"outside": IGNORE}
+        recipe = replace(recipe, loss=EXCLUSIVE.get(recipe.loss, recipe.loss))
+    if affine:
+        recipe = replace(recipe, augment=recipe.augment | {"random_affine": affine})
     if isinstance(model.dropout, tuple):
         changes["dropout"] = model.dropout[: len(features)]
     if model.encoder is not None:

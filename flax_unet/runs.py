@@ -13,11 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import flax_unet
-from flax_unet import checkpoint, formats, pack, recipes, train
+from flax_unet import checkpoint, formats, images, pack, recipes, train
 from flax_unet.efficientnet import with_imagenet
 from flax_unet.formats import BINARY, MaskFormat
+from flax_unet.images import RGB, ImageFormat
 from flax_unet.model import UNet
 
 try:
@@ -26,7 +28,7 @@ except ImportError:  # Windows
     fcntl = None
 
 #: Sections of config.json that determine the result; a run with another value is another run.
-DETERMINES = ("settings", "model", "training", "data", "masks")
+DETERMINES = ("settings", "model", "training", "data", "masks", "images")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
 
 
@@ -48,9 +50,9 @@ class Settings:
     features: tuple[int, ...] | None = None
     """Channels per level; the last is the bottleneck. With an encoder, channels per level of
     the decoder. By default the recipe's."""
-    image_size: int = 256
-    """Height and width of the resized images: a multiple of 32; each level fewer in --features
-    halves that."""
+    image_size: int | tuple[int, int] = 256
+    """Height and width of the resized images, one number for squares: multiples of 32; each level
+    fewer in --features halves that."""
     batch_size: int = 8
     """Images per step."""
     epochs: int = 100
@@ -62,8 +64,17 @@ class Settings:
     class_weights: tuple[float, ...] | Literal["frequency"] | None = None
     """Weights of exclusive classes in the loss, in their order; frequency: the median frequency of
     the classes in the training masks divided by each class' own."""
+    upright: bool = False
+    """The pictures have a top, as those of streets: augmentation flips them left to right only, and
+    rotates them by 10 degrees at most."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters are float32."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        side = self.image_size
+        return (side, side) if isinstance(side, int) else side
 
 
 @dataclass(frozen=True)
@@ -96,8 +107,10 @@ class Places:
     """Decode the training pictures in every epoch instead of keeping them on the device."""
 
 
-def recipe_of(settings: Settings, mask_format: MaskFormat = BINARY) -> recipes.Recipe:
-    """The recipe that the settings name, with their network for these masks.
+def recipe_of(
+    settings: Settings, mask_format: MaskFormat = BINARY, image_format: ImageFormat = RGB
+) -> recipes.Recipe:
+    """The recipe that the settings name, with their network for these pictures and masks.
 
     Raises:
         ValueError: a setting is out of range, or the settings do not fit together.
@@ -106,15 +119,18 @@ def recipe_of(settings: Settings, mask_format: MaskFormat = BINARY) -> recipes.R
         names = ", ".join(recipes.RECIPES)
         raise ValueError(f"there is no recipe {settings.recipe!r}: choose one of {names}")
     for name in ("image_size", "batch_size", "epochs", "learning_rate"):
-        if not getattr(settings, name) > 0:
+        if not np.min(getattr(settings, name)) > 0:
             raise ValueError(f"{name} is {getattr(settings, name)}: it must be positive")
     if not 0 <= settings.seed < 2**63:
         raise ValueError(f"seed is {settings.seed}: it must be in [0, 2^63)")
-    return configure(recipes.RECIPES[settings.recipe], settings, mask_format)
+    return configure(recipes.RECIPES[settings.recipe], settings, mask_format, image_format)
 
 
 def configure(
-    recipe: recipes.Recipe, settings: Settings, mask_format: MaskFormat = BINARY
+    recipe: recipes.Recipe,
+    settings: Settings,
+    mask_format: MaskFormat = BINARY,
+    image_format: ImageFormat = RGB,
 ) -> recipes.Recipe:
     """A recipe (built-in or your own) with the settings applied to its network.
 
@@ -128,16 +144,18 @@ def configure(
         encoder=settings.encoder,
         dtype=settings.dtype,
         num_classes=mask_format.channels,
+        upright=settings.upright,
     )
     model, size = recipe.model, settings.image_size
-    if size % model.stride:
+    if any(side % model.stride for side in settings.size):
         raise ValueError(f"image_size {size} is not a multiple of {model.stride}")
-    if size == model.stride and model.norm in ("instance", 1):
+    if set(settings.size) == {model.stride} and model.norm in ("instance", 1):
         raise ValueError(
             f"image_size {size} leaves one pixel in the bottleneck, and instance norm turns a "
             f"single pixel into 0: use at least {2 * model.stride}, or fewer features"
         )
-    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    image = jnp.zeros((1, *settings.size, image_format.channels))
+    jax.eval_shape(model.init, jax.random.key(0), image)
     return recipe
 
 
@@ -147,13 +165,17 @@ def build(settings: Settings, recipe: recipes.Recipe, n_images: int) -> recipes.
     return recipes.build(recipe, learning_rate=settings.learning_rate, steps=steps)
 
 
-def abstract_state(training: recipes.Training) -> train.TrainState:
-    """Shapes and types of a run's state."""
-    return jax.eval_shape(partial(_create, training), jax.random.key(0))
+def abstract_state(training: recipes.Training, channels: int = 3) -> train.TrainState:
+    """Shapes and types of a run's state, with images of so many channels."""
+    return jax.eval_shape(partial(_create, training, channels), jax.random.key(0))
 
 
 def create_state(
-    settings: Settings, recipe: recipes.Recipe, training: recipes.Training, key: jax.Array
+    settings: Settings,
+    recipe: recipes.Recipe,
+    training: recipes.Training,
+    key: jax.Array,
+    channels: int = 3,
 ) -> train.TrainState:
     """The state of a new run.
 
@@ -161,7 +183,7 @@ def create_state(
         ValueError, OSError: `init` holds no run, or a run of another network.
         ModuleNotFoundError: the encoder's weights are not installed.
     """
-    state, encoder = _create(training, key), recipe.model.encoder
+    state, encoder = _create(training, channels, key), recipe.model.encoder
     if settings.init is not None:
         trained = load_model(settings.init)
         try:
@@ -171,6 +193,8 @@ def create_state(
             needed = f"--recipe {trained.settings.recipe} --features {features}"
             if trained.model.encoder is not None:
                 needed += f" --encoder {trained.model.encoder.variant}"
+            if trained.image_format.channels != channels:
+                needed += f" --channels {trained.image_format.channels}"
             raise ValueError(f"--init {settings.init} needs {needed}: {error}") from error
     elif recipe.imagenet:
         assert encoder is not None
@@ -181,9 +205,9 @@ def create_state(
     return jax.device_put(state, jax.devices()[0])
 
 
-def _create(training: recipes.Training, key: jax.Array) -> train.TrainState:
-    stride = training.model.stride
-    return train.create_train_state(training.model, training.tx, key, (1, stride, stride, 3))
+def _create(training: recipes.Training, channels: int, key: jax.Array) -> train.TrainState:
+    shape = (1, training.model.stride, training.model.stride, channels)
+    return train.create_train_state(training.model, training.tx, key, shape)
 
 
 def to_json(
@@ -192,6 +216,7 @@ def to_json(
     recipe: recipes.Recipe,
     fingerprints: dict[str, str],
     mask_format: MaskFormat = BINARY,
+    image_format: ImageFormat = RGB,
 ) -> dict[str, Any]:
     """The content of config.json: `DETERMINES`, and places, device and versions."""
     versions = {"python": platform.python_version(), "flax-unet": flax_unet.__version__}
@@ -209,6 +234,7 @@ def to_json(
         "training": recipes.describe(recipe),
         "data": fingerprints,
         "masks": formats.to_json(mask_format),
+        "images": images.to_json(image_format),
         "places": asdict(places),
         "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
         "versions": versions,
@@ -249,8 +275,9 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
         "training": {"class_weight": None},
         "places": _jsonable(asdict(Places(Path()))) | {"split_by": "name"},
         "masks": {},  # not recorded before version 0.3.0
+        "images": images.to_json(RGB),
     }
-    for section in defaults.keys() & content.keys() | {"masks"}:
+    for section in defaults.keys() & content.keys() | {"masks", "images"}:
         content[section] = defaults[section] | content.get(section, {})
     return content
 
@@ -295,6 +322,9 @@ def from_json(content: dict[str, Any], workdir: Path) -> tuple[Settings, Places]
     settings, places = dict(content["settings"]), dict(content["places"])
     settings["features"] = tuple(settings["features"])
     settings["init"] = settings["init"] and Path(settings["init"])
+    for name in ("image_size", "class_weights"):
+        if isinstance(settings[name], list):
+            settings[name] = tuple(settings[name])
     for name in ("kvasir_zip", "images", "masks", "split_file", "data_dir"):
         places[name] = places[name] and Path(places[name])
     places["workdir"] = workdir
@@ -412,6 +442,7 @@ class Trained(NamedTuple):
     step: int
     fingerprints: dict[str, str]  # of the splits
     mask_format: MaskFormat | None  # of the masks it was trained on; None if it is not recorded
+    image_format: ImageFormat
     checkpoint: str  # best or latest
 
 
@@ -439,7 +470,8 @@ def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> T
         loss_fn = recipes.loss_of(training["loss"], training.get("class_weight"))
         masks = content.get("masks") and formats.from_json(content["masks"])
         model = pack.build(content["model"]) if packed is None else packed.model
-        image = jnp.zeros((1, model.stride, model.stride, 3))
+        image_format = images.from_json(content["images"])
+        image = jnp.zeros((1, model.stride, model.stride, image_format.channels))
         abstract = jax.eval_shape(model.init, jax.random.key(0), image)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is of another version or program: {error}") from error
@@ -450,5 +482,14 @@ def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> T
         variables, step = jax.device_put(packed.variables), content.get("step", 0)
         which = content.get("checkpoint", which)
     return Trained(
-        settings, places, model, variables, loss_fn, step, fingerprints, masks or None, which
+        settings,
+        places,
+        model,
+        variables,
+        loss_fn,
+        step,
+        fingerprints,
+        masks or None,
+        image_format,
+        which,
     )

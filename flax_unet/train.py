@@ -1,6 +1,6 @@
 """The training step: (state, batch, key) to (state, metrics).
 
-A batch is a dict: `image` [B, H, W, 3], uint8 or float in [0, 1]; `mask` uint8, see
+A batch is a dict: `image` [B, H, W, C], uint8 or float in [0, 1]; `mask` uint8, see
 `flax_unet.classes`; `weight` [B], 0 for padding images, which do not count. With an `index` [B],
 `image` and `mask` hold the entire data set [N, ...] on the device, and the step gathers those rows.
 A `pixel_weight` [B, H, W, 1] is passed on to the loss.

@@ -19,7 +19,7 @@ from flax_unet.evaluate import RATIOS, Scores, cost, report, score
 from flax_unet.formats import MaskFormat, find
 from flax_unet.pictures import DataError
 from flax_unet_cli import program
-from flax_unet_cli.sources import MaskFlags, declared, open_sources, protocol, split_of
+from flax_unet_cli.sources import MaskFlags, RangeFlags, declared, open_sources, protocol, split_of
 
 #: Tolerance of the surface Dice, in percent of the picture's diagonal.
 TOLERANCE = 1.0
@@ -46,6 +46,7 @@ class Options:
     mask_suffix: str = ""
     """End of the masks' names that the images' names lack."""
     meaning: MaskFlags = MaskFlags()
+    ranges: RangeFlags = RangeFlags()
     kvasir_zip: Path | None = None
     """The Kvasir-SEG archive, if it was moved."""
     data_dir: Path | None = None
@@ -168,8 +169,9 @@ def run(options: Options) -> None:
             model,
             trained.variables,
             source,
-            settings.image_size,
+            settings.size,
             mask_format,
+            options.ranges.apply(trained.image_format),
             batch_size=settings.batch_size,
             loss_fn=trained.loss_fn,
             tolerance=TOLERANCE,

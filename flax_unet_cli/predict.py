@@ -14,10 +14,11 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from flax_unet import data, draw, pictures, predict, runs
+from flax_unet import data, draw, images, pictures, predict, runs
 from flax_unet.classes import decide
 from flax_unet.pictures import DataError
 from flax_unet_cli import program
+from flax_unet_cli.sources import RangeFlags
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Options:
     """best by validation Dice."""
     threshold: float = 0.5
     """Probability above which a pixel is in the mask (of one class)."""
+    ranges: RangeFlags = RangeFlags()
     flips: bool = False
     """Average the prediction over the 4 flips of each image, at 4 times the work."""
 
@@ -69,26 +71,27 @@ def run(options: Options) -> int:
     names = (
         trained.mask_format.names if trained.mask_format and trained.model.num_classes > 1 else None
     )
+    image_format = options.ranges.apply(trained.image_format)
     options.out.mkdir(parents=True, exist_ok=True)
     failures = 0
     for file, (mask_file, overlay_file) in tqdm(results.items(), unit=" pictures", leave=False):
         try:
-            picture = pictures.to_rgb(pictures.open_picture(file, str(file)), str(file))
+            content = pictures.open_content(file, str(file))
+            image = images.read(content, image_format, str(file))
         except DataError as error:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             failures += 1
             continue
-        size = trained.settings.image_size
-        proba = predict.predict_picture(model, trained.variables, picture, size)
+        proba = predict.predict_resized(model, trained.variables, image, trained.settings.size)
         mask = decide(proba, threshold=options.threshold)[..., 0]
         if names is None:
             result = Image.fromarray(mask * np.uint8(255))
-            overlay = draw.overlay(np.asarray(picture), proba[..., 0] * mask)
+            overlay = draw.overlay(image, proba[..., 0] * mask)
         else:
             result = Image.fromarray(mask, "P")
             result.putpalette(draw.palette(256).tobytes())
-            overlay = draw.class_overlay(np.asarray(picture), mask, draw.palette(256))
-            overlay = np.concatenate([overlay, draw.legend(names, picture.width)])
+            overlay = draw.class_overlay(image, mask, draw.palette(256))
+            overlay = np.concatenate([overlay, draw.legend(names, overlay.shape[1])])
         result.save(mask_file)
         Image.fromarray(overlay).save(overlay_file)
     print(f"{len(results) - failures} of {len(results)} pictures segmented into {options.out}")

@@ -1,11 +1,12 @@
-"""The data set that the flags name, and what the values of its masks mean."""
+"""The data set that the flags name, and what the values of its pictures and masks mean."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from flax_unet import data
+from flax_unet import data, images
 from flax_unet.formats import BINARY, MaskFormat, find
+from flax_unet.images import ImageFormat
 from flax_unet.pictures import DataError
 from flax_unet.runs import Places, Settings
 from flax_unet_cli.program import cache_folder
@@ -70,6 +71,45 @@ class MaskFlags:
     """Grey value above which a pixel is foreground."""
 
 
+@dataclass(frozen=True)
+class RangeFlags:
+    """Which values of pictures are black and white; those of 8 bits need no flag."""
+
+    value_range: tuple[float, ...] = ()
+    """Values that become black and white, LOW HIGH, or a pair for each channel. By default measured
+    over the training split, for pictures of more than 8 bits."""
+    percentiles: tuple[float, float] | None = None
+    """Percentiles of each picture that become black and white, such as 1 99, as is usual in
+    microscopy."""
+
+    def apply(self, image_format: ImageFormat) -> ImageFormat:
+        """The format of a model with these ranges instead of its own."""
+        ends = images.declared_range(self.value_range, self.percentiles)
+        if ends is None:
+            return image_format
+        return replace(
+            image_format, kind=None, low=ends[0], high=ends[1], percentiles=self.percentiles
+        )
+
+
+@dataclass(frozen=True)
+class ImageFlags(RangeFlags):
+    """What pictures hold; without a flag it is found from the training split."""
+
+    channels: int | None = None
+    """Channels of the images: 1 grey, 3 colours, 4 colours and alpha, or that of the arrays or TIFF
+    pages. By default 1 if all pictures are grey, else 3."""
+
+
+def image_format_of(sources: Sources, flags: ImageFlags) -> ImageFormat:
+    """Channels and range of the images, from the flags or from the training split.
+
+    Raises:
+        DataError: the pictures do not agree, or the flags contradict each other.
+    """
+    return images.find(sources["train"], **vars(flags))
+
+
 def mask_format_of(settings: Settings, sources: Sources, flags: MaskFlags) -> MaskFormat:
     """What the values of the data set's masks mean, from the flags or from all masks.
 
@@ -126,6 +166,7 @@ def load_split(
     sources: Sources,
     split: str,
     mask_format: MaskFormat,
+    image_format: ImageFormat,
     pictures: dict[bytes, str] | None = None,
 ) -> data.Arrays:
     """One split as arrays, from the cache if it was decoded before.
@@ -135,5 +176,10 @@ def load_split(
     """
     source = split_of(settings, sources, split)
     return data.load(
-        source, settings.image_size, mask_format, cache=cache_folder(), pictures=pictures
+        source,
+        settings.size,
+        mask_format,
+        image_format,
+        cache=cache_folder(),
+        pictures=pictures,
     )

@@ -16,7 +16,7 @@ from flax_unet.efficientnet import imagenet
 from flax_unet.evaluate import evaluate
 from flax_unet.fit import fit
 from flax_unet.recipes import Recipe
-from flax_unet_cli.sources import load_split, mask_format_of, open_sources
+from flax_unet_cli.sources import image_format_of, load_split, mask_format_of, open_sources
 from flax_unet_cli.train import Options
 
 
@@ -40,8 +40,9 @@ def open_study(options: Options, *recipes: str, unused: tuple[str, ...]) -> dict
     mask_format = mask_format_of(options.settings, sources, options.masks)
     if mask_format.channels > 1:
         raise ValueError("this program compares networks for one class: --classes has more")
+    image_format = image_format_of(sources, options.channels)
     return {
-        split: load_split(options.settings, sources, split, mask_format)
+        split: load_split(options.settings, sources, split, mask_format, image_format)
         for split in ("train", "validation")
     }
 
@@ -69,8 +70,8 @@ def train_and_score(
         FloatingPointError: the training diverged.
     """
     fingerprints = {split: each.fingerprint for split, each in arrays.items()}
-    mask_format = arrays["train"].mask_format
-    content = runs.to_json(settings, runs.Places(workdir), recipe, fingerprints, mask_format)
+    formats = arrays["train"].mask_format, arrays["train"].image_format
+    content = runs.to_json(settings, runs.Places(workdir), recipe, fingerprints, *formats)
     content |= {"names": arrays["train"].name}  # of a subset, which has the fingerprint of the set
     parts = (*runs.DETERMINES, "names", "device", "versions")
     text = json.dumps([content[part] for part in parts], sort_keys=True)
@@ -89,7 +90,8 @@ def _train_and_score(
     n, size = len(arrays["train"].image), settings.batch_size
     training = runs.build(settings, recipe, n)
     init_key, key = jax.random.split(jax.random.key(settings.seed))
-    state: Any = runs.create_state(settings, recipe, training, init_key)
+    channels = arrays["train"].image_format.channels
+    state: Any = runs.create_state(settings, recipe, training, init_key, channels)
     epochs = fit(
         training.model,
         training.tx,

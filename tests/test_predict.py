@@ -6,6 +6,7 @@ import reference
 from PIL import Image
 
 from flax_unet import predict
+from flax_unet.images import ImageFormat
 from flax_unet.model import UNet
 
 MODEL = UNet(features=(4, 8, 8), norm=2)
@@ -52,7 +53,7 @@ def test_a_float_image_outside_0_to_1_is_refused(variables, value):
 
 @pytest.mark.parametrize("shape", [(8, 8), (1, 1, 8, 8, 3)])
 def test_an_image_of_another_rank_is_refused(variables, shape):
-    with pytest.raises(ValueError, match=r"\[H, W, 3\] or \[B, H, W, 3\]"):
+    with pytest.raises(ValueError, match=r"\[H, W, C\] or \[B, H, W, C\]"):
         predict.predict_proba(MODEL, variables, np.zeros(shape, np.uint8))
 
 
@@ -92,3 +93,25 @@ def test_a_model_is_compiled_once_per_shape(variables):
     for size in ((8, 8), (8, 8), (7, 6), (12, 8)):  # 7x6 is padded to 8x8
         predict.predict_proba(model, variables, image(*size, 3))
     assert shapes == [(1, 8, 8, 3), (1, 12, 8, 3)]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_pictures_of_the_models_channels_are_segmented_and_others_refused(channels):
+    variables = MODEL.init(jax.random.key(0), jnp.zeros((1, 16, 16, channels)))
+    values = np.random.default_rng(0).integers(0, 256, (20, 24, channels), np.uint8)
+    picture = Image.fromarray(values.squeeze())
+    image_format = ImageFormat(channels=channels)
+    proba = predict.predict_picture(MODEL, variables, picture, (16, 32), image_format)
+    assert proba.shape == (20, 24, 1)
+    small = np.stack(
+        [
+            np.asarray(Image.fromarray(values[..., c]).resize((32, 16), Image.Resampling.BILINEAR))
+            for c in range(channels)
+        ],
+        -1,
+    )
+    expected = np.asarray(predict.predict_proba(MODEL, variables, small))[..., 0]
+    expected = Image.fromarray(expected).resize((24, 20), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(proba[..., 0], np.asarray(expected), atol=1e-6)
+    with pytest.raises(ValueError, match="the image has 3 channels, and the model takes another"):
+        predict.predict_picture(MODEL, variables, picture, 16)

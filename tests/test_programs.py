@@ -1194,6 +1194,90 @@ def test_masks_of_a_known_data_set_need_no_flags(tmp_path, capsys):
     assert "the masks of synthetic_polyps are known" in capsys.readouterr().err
 
 
+# Other channels, ranges and sizes
+
+
+@pytest.fixture(scope="module")
+def stacks(tmp_path_factory):
+    """Thirty arrays of five channels with very different ranges; a disc in the fourth channel."""
+    root = tmp_path_factory.mktemp("stacks")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:40, :60]
+    for part in ("images", "masks"):
+        (root / part).mkdir()
+    for i in range(30):
+        cy, cx = rng.uniform(8, 32), rng.uniform(8, 52)
+        disc = (y - cy) ** 2 + (x - cx) ** 2 < 49
+        image = rng.normal(0, 1, (40, 60, 5)) * [1, 1e-3, 50, 400, 1e4]
+        image[disc, 3] += 3000
+        np.save(root / f"images/{i:02d}.npy", image.astype(np.float32))
+        np.save(root / f"masks/{i:02d}.npy", disc)
+    return root
+
+
+def test_arrays_of_five_channels_from_training_to_prediction(stacks, tmp_path, capsys):
+    workdir, out = tmp_path / "run", tmp_path / "out"
+    flags = arguments(stacks, workdir, recipe="strong", epochs=12)
+    where = flags.index("--image-size")
+    flags[where : where + 2] = ["--image-size", "32", "64"]
+    flags += ["--learning-rate", "5e-3"]
+    assert train.main(flags) == 0
+    assert "images: 5 channels, floats, -" in capsys.readouterr().out
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["settings"]["image_size"] == [32, 64]
+    assert config["images"]["channels"] == 5 and len(config["images"]["low"]) == 5
+    assert config["images"]["high"][3] > 3000 > config["images"]["high"][2]
+    assert evaluate.main(["--workdir", str(workdir), "--split", "validation"]) == 0
+    report = json.loads((workdir / "evaluation-validation-latest.json").read_text())
+    assert report["dice_per_image"] == lines(workdir)[-1]["val_dice_per_image"] > 0.7
+    # A resumed run, and one that is finished, keep the range that was measured.
+    assert train.main(flags) == 0
+    assert export.main(["--workdir", str(workdir), "--out", str(tmp_path / "model")]) == 0
+    files = [str(stacks / f"images/{i:02d}.npy") for i in range(3)]
+    assert predict.main(["--model", str(tmp_path / "model"), "--out", str(out), *files]) == 0
+    for i in range(3):
+        with (
+            Image.open(out / f"{i:02d}-mask.png") as mask,
+            Image.open(out / f"{i:02d}-overlay.png") as overlay,
+        ):
+            assert mask.size == overlay.size == (60, 40) and overlay.mode == "RGB"
+            true = np.load(stacks / f"masks/{i:02d}.npy")
+            found = np.asarray(mask) > 0
+            assert 2 * (true & found).sum() / (true.sum() + found.sum()) > 0.7
+    # Another number of channels, another kind of values: refused by name; a range may be declared.
+    grey = np.zeros((40, 60), np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert predict.main(["--model", str(tmp_path / "model"), str(tmp_path / "grey.png")]) == 1
+    assert "it has 1 channels, and the images should have 5" in capsys.readouterr().err
+    np.save(tmp_path / "bytes.npy", np.zeros((40, 60, 5), np.uint8))
+    command = ["--model", str(tmp_path / "model"), "--out", str(out), str(tmp_path / "bytes.npy")]
+    assert predict.main(command) == 1
+    assert "its values are 8 bits (0 to 0)" in capsys.readouterr().err
+    assert predict.main([*command, "--value-range", "0", "255"]) == 0
+
+
+def test_grey_of_16_bits_trains_the_same_network_whatever_its_scale(tmp_path):
+    """A scale and an offset of all values change nothing but rounding."""
+    losses = []
+    for name, scale, offset in (("a", 16, 0), ("b", 200, 5000)):
+        root = tmp_path / name
+        rng = np.random.default_rng(0)
+        for part in ("images", "masks"):
+            (root / part).mkdir(parents=True)
+        for i in range(20):
+            mask = np.zeros((32, 32), bool)
+            cy, cx = rng.integers(4, 20, 2)
+            mask[cy : cy + 10, cx : cx + 10] = True
+            grey = (rng.integers(20, 120, (32, 32)) + 80 * mask) * scale + offset
+            Image.fromarray(grey.astype(np.uint16)).save(root / f"images/{i:02d}.tif")
+            Image.fromarray(mask).save(root / f"masks/{i:02d}.png")
+        assert train.main(arguments(root, root / "run", epochs=1)) == 0
+        config = json.loads((root / "run/config.json").read_text())
+        assert config["images"]["channels"] == 1 and config["images"]["kind"] == "integers"
+        losses.append(lines(root / "run")[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 # The summary
 
 

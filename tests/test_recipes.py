@@ -185,6 +185,15 @@ def test_a_recipe_is_configured_with_another_network():
     assert replace(pretrained, model=RECIPES["pretrained"].model) == RECIPES["pretrained"]
 
 
+def test_pictures_with_a_top_are_rotated_little():
+    recipe = recipes.configure(RECIPES["strong"], upright=True)
+    affine = RECIPES["strong"].augment["random_affine"]
+    changed = affine | {"rotation": 10.0, "upright": True}
+    assert recipe.augment == RECIPES["strong"].augment | {"random_affine": changed}
+    assert list(recipe.augment) == list(RECIPES["strong"].augment)  # the same order
+    assert recipes.configure(RECIPES["article"], upright=True).augment == {}
+
+
 @pytest.mark.parametrize("features", [(), (8, 0), (4,) * 7])
 def test_impossible_features_are_refused(features):
     with pytest.raises(ValueError, match="give one to six positive numbers"):
