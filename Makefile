@@ -1,14 +1,22 @@
-# make demo: train, evaluate and draw on a data set drawn by code. make test: the test suite.
+# make demo, make demo-classes: train, evaluate and draw on data sets drawn by code, with one class and
+# with several. make test: the test suite.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-peers test-versions lint bench clean
+.PHONY: demo demo-classes test test-all test-peers test-versions lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python experiments/train.py --workdir runs/demo --dataset synthetic_polyps \
 	  --image-size 64 --features 16 32 64 128 --epochs 12 --data-dir runs/demo/data
 	$(BIN)/python experiments/evaluate.py --workdir runs/demo
 	@echo "Look at runs/demo/evaluation-test.png, runs/demo/curves.png and runs/demo/samples/"
+
+demo-classes: .venv/installed
+	$(BIN)/python experiments/train.py --workdir runs/demo-classes --dataset synthetic_cells \
+	  --recipe strong --image-size 96 128 --features 16 32 64 128 --epochs 20 --learning-rate 3e-3 \
+	  --data-dir runs/demo-classes/data
+	$(BIN)/python experiments/evaluate.py --workdir runs/demo-classes
+	@echo "Look at runs/demo-classes/evaluation-test.png, evaluation-test-confusion.png and samples/"
 
 test: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
@@ -57,4 +65,4 @@ bench: .venv-bench/installed
 	@touch $@ .venv/installed
 
 clean:
-	rm -rf .venv .venv-* dist runs/demo
+	rm -rf .venv .venv-* dist runs/demo runs/demo-classes

@@ -1,15 +1,17 @@
 """U-Nets for image segmentation in JAX: pure, small, exact.
 
 The network
-    model         UNet and its layers: image [B, H, W, 3] to logits
+    model         UNet and its layers: image [B, H, W, C] to logits
     efficientnet  an EfficientNet-Lite encoder with ImageNet weights
     torch_file    reads the tensors of a PyTorch file without PyTorch
     cpu           compiler options and formulations for XLA on a CPU
 
 From pictures to batches
-    pictures      files to arrays: decode, resize, RGB images
+    pictures      picture files: decoding, resizing
     folders       which files belong together, and to which split
+    images        channels and the range of values of pictures
     formats       what the values of mask files mean
+    parallel      one function for many files, on all cores
     summary       what a data set holds, and what resizing costs it
     data          data sets in memory, batches, streams
     augment       random changes of images and masks, on the device

@@ -2,7 +2,8 @@
 
 A source is a sequence of dicts `{"name": str, "image": bytes, "mask": bytes}`, encoded in any
 format that Pillow reads or as `.npy`: a split of `tfds_kvasir.sources`, or a `FolderSource`. If an
-entry also has `files`, the paths of image and mask, error messages name those.
+entry also has `files`, the paths of image and mask, error messages name those. A mask in separate
+files (see `formats.MaskFormat`) is a sequence of pairs of a class index and bytes.
 """
 
 import contextlib
@@ -44,7 +45,8 @@ class Arrays(NamedTuple):
     Attributes:
         image: [N, H, W, C], uint8 or float32 in [0, 1]; a NumPy array, or on a device (see
             `to_device`).
-        mask: uint8 [N, H, W, 1] of 0 and 1 or of class indices, and `classes.IGNORE`; likewise.
+        mask: uint8 [N, H, W, 1] of 0 and 1 or of class indices, and `classes.IGNORE`; or
+            [N, H, W, K] of 0 and 1 for overlapping classes; likewise.
         name: N names.
         fingerprint: the source's, see the function `fingerprint`.
         mask_format: what the values of the mask files meant.
@@ -67,32 +69,41 @@ def decode_pair(
     """Decode an entry of a source at its own size.
 
     Returns:
-        The image [H, W, C], uint8 or float32 in [0, 1], and the mask of class indices, uint8
-        [H, W].
+        The image [H, W, C], uint8 or float32 in [0, 1], and the mask, uint8 [H, W, 1] of class
+        indices, or [H, W, K] of 0 and 1 for overlapping classes.
 
     Raises:
         DataError: one of them is unusable, or their sizes or EXIF orientations differ.
     """
-    name = example["name"]
-    files = example.get("files", (f"image {name}", f"mask {name}"))
-    picture = open_content(example["image"], files[0])
-    mask = open_picture(example["mask"], files[1])
-    image = images.read(picture, image_format, files[0])
-    height, width = image.shape[:2]
-    if (width, height) != mask.size:
+    masks = formats.files_of(example)
+    name = example.get("files", (f"image {example['name']}",))[0]
+    picture = open_content(example["image"], name)
+    image = images.read(picture, image_format, name)
+    orientation = picture.info["orientation"] if isinstance(picture, Image.Image) else 1
+    opened = [(index, open_picture(data, file), file) for index, data, file in masks]
+    for _, mask, file in opened:
+        _check_pair(image.shape[1::-1], orientation, name, mask, file)
+    if mask_format.separate:
+        return image, formats.read_separate(opened, mask_format)
+    ((_, mask, file),) = opened
+    return image, formats.read(mask, mask_format, file)[..., None]
+
+
+def _check_pair(
+    size: tuple[int, ...], orientation: int, name: str, mask: Image.Image, file: str
+) -> None:
+    if size != mask.size:
         raise DataError(
-            f"{files[0]} is {width}x{height} but {files[1]} is {mask.width}x{mask.height}: make "
-            "them the same size"
+            f"{name} is {size[0]}x{size[1]} but {file} is {mask.width}x{mask.height}: make them "
+            "the same size"
         )
-    upright = picture.info["orientation"] if isinstance(picture, Image.Image) else 1
-    turns = upright, mask.info["orientation"]
+    turns = orientation, mask.info["orientation"]
     quarter = (turns[0] > 4) != (turns[1] > 4)
-    if turns[0] != turns[1] and not (quarter and width != height):
+    if turns[0] != turns[1] and not (quarter and size[0] != size[1]):
         raise DataError(
-            f"{files[0]} has the EXIF orientation {turns[0]} and {files[1]} {turns[1]}, so it is "
-            "not clear how they belong together: save both upright"
+            f"{name} has the EXIF orientation {turns[0]} and {file} {turns[1]}, so it is not clear "
+            "how they belong together: save both upright"
         )
-    return image, formats.read(mask, mask_format, files[1])
 
 
 def fingerprint(source: Sequence[dict[str, Any]], pictures: dict[bytes, str] | None = None) -> str:
@@ -105,7 +116,10 @@ def fingerprint(source: Sequence[dict[str, Any]], pictures: dict[bytes, str] | N
     digest = hashlib.sha256()
     for i in range(len(source)):
         example = source[i]
-        for part in (example["name"].encode(), example["image"], example["mask"]):
+        masks = example["mask"]
+        if not isinstance(masks, bytes):
+            masks = b"".join(b"%d:%d:%b" % (index, len(part), part) for index, part in masks)
+        for part in (example["name"].encode(), example["image"], masks):
             digest.update(len(part).to_bytes(8, "little") + part)
         if pictures is not None:
             pictures[hashlib.sha256(example["image"]).digest()] = example["name"]

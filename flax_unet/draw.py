@@ -72,6 +72,17 @@ def palette(k: int) -> np.ndarray:
     return np.concatenate([np.zeros((1, 3), np.uint8), np.asarray(picture.convert("RGB"))[0]])
 
 
+def flat(mask: np.ndarray) -> np.ndarray:
+    """A mask as class indices [H, W]; overlapping classes [H, W, K] are 1 to K, the last on top.
+
+    Args:
+        mask: uint8 [H, W, 1] of class indices, or [H, W, K] of 0 and 1.
+    """
+    if mask.shape[-1] == 1:
+        return mask[..., 0]
+    return ((mask == 1) * np.arange(1, mask.shape[-1] + 1)).max(-1).astype(np.uint8)
+
+
 def class_overlay(image: np.ndarray, index: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """Blend the colours of classes into an image; class 0 and what does not count stay as they are.
 

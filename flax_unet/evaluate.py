@@ -89,13 +89,14 @@ class Scores(NamedTuple):
 
     name: list[str]
     image: np.ndarray  # [n, H, W, C], at the network's size like all but `own_size`
-    mask: np.ndarray  # uint8 [n, H, W, 1]
-    prediction: np.ndarray  # [n, H, W, 1]: float16 probabilities of one class, uint8 class indices
+    mask: np.ndarray  # uint8 [n, H, W, 1], or [n, H, W, K] of overlapping classes
+    prediction: np.ndarray  # of the mask's shape: float16 probabilities of one class, else uint8
     result: dict[str, Any]  # of `train.eval_step`, with padding and without logits
     own_size: list[list[dict[str, Any]]]  # `score_picture` of each class, at the own sizes
     reliability: metrics.Reliability  # at the own sizes; of exclusive classes the predicted one's
     emptied: int  # masks that lost a class in resizing
-    matrix: np.ndarray  # int64 [K, K], at the own sizes: pixels by true and predicted class
+    matrix: np.ndarray  # int64 [K, K], at the own sizes: pixels by true and predicted class; or
+    # [0, 0] of overlapping classes
     seconds: float  # of the network for one entire batch
 
 
@@ -141,17 +142,27 @@ def score(
         image_format=image_format or images.find(source),
     )
 
+    overlapping = classes.is_overlapping(model)
+
     def at_own_size(proba: np.ndarray, true: np.ndarray) -> tuple[Any, Any, np.ndarray]:
-        proba, counted = pictures.resize_image(proba, true.shape), true != IGNORE
-        predicted = classes.decide(proba)[..., 0]
-        found = [1] if proba.shape[-1] == 1 else range(proba.shape[-1])
+        proba, counted = pictures.resize_image(proba, true.shape[:2]), true != IGNORE
+        predicted, k = classes.decide(proba, overlapping=overlapping), proba.shape[-1]
+        if overlapping or k == 1:
+            found, there, sure, right = predicted == 1, true == 1, proba, true
+        else:  # each class against the rest
+            found, there = (x == np.arange(k) for x in (predicted, true))
+            sure, right = proba.max(-1, keepdims=True), predicted == true
+        channels = np.broadcast_to(counted, found.shape)
         scores = [
-            score_picture(predicted == i, true == i, counted=counted, tolerance=tolerance)
-            for i in found
+            score_picture(
+                found[..., i], there[..., i], counted=channels[..., i], tolerance=tolerance
+            )
+            for i in range(k)
         ]
-        correct = true if len(found) == 1 else predicted == true
-        reliability = metrics.reliability(proba.max(-1)[counted], correct[counted])
-        k = max(2, len(found))
+        reliability = metrics.reliability(sure[counted], right[counted])
+        if overlapping:
+            return scores, reliability, np.zeros((0, 0), int)
+        k = max(2, k)
         matrix = np.bincount(true[counted].astype(int) * k + predicted[counted], minlength=k * k)
         return scores, reliability, matrix.reshape(k, k)
 
@@ -169,15 +180,18 @@ def score(
             began = time.perf_counter()
             result = jax.block_until_ready(step(variables, batch))
             seconds = time.perf_counter() - began
-            proba = np.asarray(classes.probabilities(result.pop("logits")))[: len(index)]
+            logits = result.pop("logits")
+            proba = np.asarray(classes.probabilities(logits, overlapping=overlapping))[: len(index)]
             classes.check_mask(mask, proba.shape[-1])
             own_size, counts, matrices = zip(*pool.map(at_own_size, proba, true), strict=True)
-            one = proba.shape[-1] == 1
+            one = proba.shape[-1] == 1 and not overlapping
             yield Scores(
                 name=list(names),
                 image=image,
                 mask=mask,
-                prediction=proba.astype(np.float16) if one else classes.decide(proba),
+                prediction=proba.astype(np.float16)
+                if one
+                else classes.decide(proba, overlapping=overlapping),
                 result=jax.device_get(result),
                 own_size=list(own_size),
                 reliability=_add(counts),
@@ -188,7 +202,8 @@ def score(
 
 
 def _lost_a_class(mask: np.ndarray, resized: np.ndarray) -> bool:
-    return not {*np.unique(mask)} <= {0, IGNORE, *np.unique(resized)}
+    channels = zip(np.moveaxis(mask, -1, 0), np.moveaxis(resized, -1, 0), strict=True)
+    return any({*np.unique(a)} - {0, IGNORE, *np.unique(b)} for a, b in channels)
 
 
 def _add(counts: Sequence[metrics.Reliability]) -> metrics.Reliability:
@@ -232,7 +247,7 @@ def report(
 
     Args:
         batches: everything that `score` yielded.
-        names: of the classes.
+        names: of the classes, see `formats.MaskFormat.learned`.
 
     Returns:
         The report (a JSON-serialisable dict), the counts per image [N, C] at the network's size,
@@ -252,7 +267,8 @@ def report(
     ratios = np.stack([metrics.dice(counts).mean(-1), metrics.iou(counts).mean(-1)], axis=-1)
     dice_interval, iou_interval = metrics.bootstrap_interval(ratios)
     reliability = _add([batch.reliability for batch in batches])
-    own_size = _by_polyp_size(rows) if counts.tp.shape[-1] == 1 else _by_class(rows, names)
+    one = len(batches[0].own_size[0]) == 1
+    own_size = _by_polyp_size(rows) if one else _by_class(rows, names)
     content = {
         **values,
         "classes": list(names),

@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,9 @@ from typing import Any, Literal
 from flax_unet.pictures import DataError
 
 SPLITS = ("train", "validation", "test")
+MaskFiles = Literal["one", "class", "instance"]
+#: Characters before the class in the name of a mask file.
+SEPARATORS = ("_", "-", ".")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".npy")
 #: Folders with these names hold a split, or one half of the pairs.
 SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | (
@@ -34,6 +37,13 @@ class FolderSource(Sequence):
     The splits are those of `split_file`; or of subfolders named as in `SPLIT_FOLDERS`; or 80, 10
     and 10 % of the pairs, in the order of a hash of their names, at least one pair each.
 
+    With `mask_files` a picture has several masks, and may lack some:
+
+    - `class`: a file for each of `classes`, in a subfolder of that name, or with that name at the
+      end of its own after one of `SEPARATORS`;
+    - `instance`: any number of files, one for each object, in a subfolder with the picture's name;
+      or beside it, as in ID/images/ID.png, ID/masks/*.png.
+
     Args:
         images, masks: the folders.
         split: `train`, `validation` or `test`; None for all pairs.
@@ -44,6 +54,8 @@ class FolderSource(Sequence):
             group, are in the same split.
         split_by: `share`, as above; or `name`: each name's hash alone chooses the split, so that
             adding pictures never moves one to another split, and the shares are about 80, 10, 10 %.
+        mask_files: `one` for a picture, or one for each `class` or `instance`, see above.
+        classes: the names of the classes of such files.
 
     Attributes:
         left_out: files that are not used. A warning names some of them.
@@ -64,9 +76,16 @@ class FolderSource(Sequence):
         split_file: str | os.PathLike | None = None,
         group: str | None = None,
         split_by: Literal["share", "name"] = "share",
+        mask_files: MaskFiles = "one",
+        classes: Sequence[str] = (),
     ):
+        if (mask_files == "class") != bool(classes):
+            raise DataError("--mask-files class needs --classes NAME..., without the background")
         self.left_out: list[Path] = []
+        self._mask_files, self._classes = mask_files, classes
         image, mask = self._halves(Path(images), Path(masks), image_suffix, mask_suffix)
+        if mask_files == "instance":
+            image = _by_folder(image, mask)
         if unpaired := sorted(image.keys() ^ mask.keys()):
             raise DataError(
                 f"{unpaired[0]!r} is only in {images if unpaired[0] in image else masks} "
@@ -93,19 +112,19 @@ class FolderSource(Sequence):
 
     def _halves(
         self, images: Path, masks: Path, image_suffix: str, mask_suffix: str
-    ) -> tuple[dict[str, Path], dict[str, Path]]:
-        """{name: file} of the images and of the masks."""
+    ) -> tuple[dict[str, Path], dict[str, list[tuple[int, Path]]]]:
+        """{name: file} of the images, and {name: [(class, file), ...]} of the masks."""
         if images.absolute() != masks.absolute():
-            return self._named(images, image_suffix), self._named(masks, mask_suffix)
+            image = self._names(images, self._list(images), image_suffix)
+            return image, self._masks(masks, self._list(masks), mask_suffix)
         files = self._list(images)
-        if mask_suffix:
-            is_mask = [file.stem.endswith(mask_suffix) for file in files]
-            others = [file for file, mask in zip(files, is_mask, strict=True) if not mask]
-            ours = [file for file, mask in zip(files, is_mask, strict=True) if mask]
-            return (
-                self._names(images, others, image_suffix),
-                self._names(images, ours, mask_suffix),
-            )
+        suffixes = [mask_suffix] if mask_suffix else []
+        suffixes += [separator + name for name in self._classes for separator in SEPARATORS]
+        ours = [file for file in files if file.stem.endswith(tuple(suffixes))]
+        if ours:
+            others = [file for file in files if file not in {*ours}]
+            image = self._names(images, others, image_suffix)
+            return image, self._masks(images, ours, mask_suffix)
         halves: dict[tuple[str, ...], list[Path]] = {IMAGE_FOLDERS: [], MASK_FOLDERS: []}
         for file in files:
             parts = {part.lower() for part in file.relative_to(images).parts[:-1]}
@@ -117,11 +136,8 @@ class FolderSource(Sequence):
         image, mask = halves.values()
         return (
             self._names(images, image, image_suffix, IMAGE_FOLDERS),
-            self._names(images, mask, mask_suffix, MASK_FOLDERS),
+            self._masks(images, mask, mask_suffix, MASK_FOLDERS),
         )
-
-    def _named(self, folder: Path, suffix: str) -> dict[str, Path]:
-        return self._names(folder, self._list(folder), suffix)
 
     def _list(self, folder: Path) -> list[Path]:
         files, others = list_files(folder)
@@ -145,13 +161,61 @@ class FolderSource(Sequence):
             named[name] = file
         return named
 
+    def _masks(
+        self, folder: Path, files: list[Path], suffix: str, dropped: Sequence[str] = ()
+    ) -> dict[str, list[tuple[int, Path]]]:
+        """{name: [(class, file), ...]} of the masks."""
+        found: dict[str, list[tuple[int, Path]]] = defaultdict(list)
+        for name, file in self._names(folder, files, suffix, dropped).items():
+            index = 1
+            if self._mask_files == "instance":
+                name = name.rpartition("/")[0]
+            elif self._mask_files == "class":
+                name, index = _class_of(name, self._classes)
+            if not name or not index:
+                self.left_out.append(file)
+            else:
+                found[name].append((index, file))
+        if twice := [each for each in found.values() if len({i for i, _ in each}) < len(each)]:
+            if self._mask_files == "class":
+                raise DataError(f"{twice[0][0][1]} and {twice[0][1][1]} are of one class: keep one")
+        return found
+
     def __len__(self) -> int:
         return len(self._pairs)
 
     def __getitem__(self, i: int) -> dict[str, Any]:  # type: ignore[override]
-        name, *files = self._pairs[i]
-        image, mask = (file.read_bytes() for file in files)
-        return {"name": name, "image": image, "mask": mask, "files": [str(file) for file in files]}
+        name, image, masks = self._pairs[i]
+        parts = [(index, file.read_bytes()) for index, file in masks]
+        return {
+            "name": name,
+            "image": image.read_bytes(),
+            "mask": parts[0][1] if self._mask_files == "one" else parts,
+            "files": [str(image), *(str(file) for _, file in masks)],
+        }
+
+
+def _class_of(name: str, classes: Sequence[str]) -> tuple[str, int]:
+    """The name of the picture, and the index of the class in the name of a mask, or 0."""
+    *folders, last = name.split("/")
+    for index, each in enumerate(classes, start=1):
+        if each in folders:
+            return "/".join([part for part in folders if part != each] + [last]), index
+        for separator in SEPARATORS:
+            if last.endswith(separator + each):
+                return name.removesuffix(separator + each), index
+    return name, 0
+
+
+def _by_folder(image: dict[str, Path], mask: dict[str, list[tuple[int, Path]]]) -> dict[str, Path]:
+    """The images, those beside the folder of their masks named by their own folder."""
+    alone = Counter(name.rpartition("/")[0] for name in image)
+
+    def renamed(name: str) -> str:
+        folder = name.rpartition("/")[0]
+        return folder if name not in mask and folder in mask and alone[folder] == 1 else name
+
+    return {renamed(name): file for name, file in image.items()}
 
 
 def list_pictures(folder: str | os.PathLike) -> list[Path]:

@@ -8,8 +8,9 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,17 +41,30 @@ class MaskFormat:
         values: pairs of a value and the index of its class, or `classes.IGNORE`.
         rest: index of the class of all other values; None if they are errors.
         threshold: grey values above it are class 1, others 0; `values` and `rest` are not used.
+        separate: whether a picture has a mask file for each class or object; the values of each
+            file say 0 or 1, and the file's name which class.
+        overlapping: whether separate classes may overlap: masks then have a channel for each class
+            but the first, the background.
     """
 
     names: tuple[str, ...] = ("background", "foreground")
     values: tuple[tuple[Value, int], ...] = ((0, 0), (1, 1))
     rest: int | None = None
     threshold: float | None = None
+    separate: bool = False
+    overlapping: bool = False
 
     @property
     def channels(self) -> int:
         """Channels of the logits: two classes are learned as one yes or no."""
+        if self.overlapping:
+            return len(self.names) - 1
         return 1 if len(self.names) == 2 else len(self.names)
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Names of the classes that scores are given for, in the order of the channels."""
+        return self.names[1:] if self.overlapping else self.names
 
     @property
     def by_colour(self) -> bool:
@@ -58,6 +72,10 @@ class MaskFormat:
         return any(isinstance(value, tuple) for value, _ in self.values)
 
     def __str__(self) -> str:
+        if self.separate:
+            each = replace(self, names=BINARY.names, separate=False)
+            overlap = " that may overlap" * self.overlapping
+            return f"separate files of {', '.join(self.names[1:])}{overlap}: {each}"
         if self.threshold is not None:
             return f"{self.names[1]} above {self.threshold:g}"
         names = dict(enumerate(self.names)) | {IGNORE: "not counted"}
@@ -116,6 +134,37 @@ def read(picture: Image.Image, mask_format: MaskFormat, name: str = "mask") -> n
             f"{mask_format}. {REMEDIES[0].upper()}{REMEDIES[1:]}"
         )
     return index
+
+
+def read_separate(
+    files: Sequence[tuple[int, Image.Image, str]], mask_format: MaskFormat
+) -> np.ndarray:
+    """A mask from separate files, uint8 [H, W, C]: class indices, or 0 and 1 of each class.
+
+    Args:
+        files: index of the class, mask and name of each.
+        mask_format: see `MaskFormat.separate`.
+
+    Raises:
+        DataError: as `read`; or exclusive classes overlap.
+    """
+    width, height = files[0][1].size
+    channels = np.zeros((height, width, len(mask_format.names)), np.uint8)
+    for index, picture, name in files:
+        mask = read(picture, mask_format, name)
+        channels[..., index] = np.maximum(channels[..., index], mask)
+    channels = channels[..., 1:]
+    if mask_format.overlapping:
+        return channels
+    number = (channels == 1).sum(-1)
+    if number.max() > 1:
+        raise DataError(
+            f"{files[0][2]}: its classes overlap in {(number > 1).sum()} pixels: use --overlapping "
+            "if they may, for a yes or no for each class"
+        )
+    index = (channels == 1) @ np.arange(1, len(mask_format.names), dtype=np.uint8)
+    ignored = (channels == IGNORE).any(-1) & (number == 0)
+    return np.where(ignored, np.uint8(IGNORE), index)[..., None]
 
 
 @lru_cache(maxsize=8)
@@ -219,6 +268,7 @@ def find(
     foreground: Sequence[int] = (),
     ignore: Sequence[int] = (),
     threshold: float | None = None,
+    overlapping: bool = False,
 ) -> MaskFormat:
     """The format of all masks of some sources, as far as it is not declared.
 
@@ -228,15 +278,32 @@ def find(
     Args:
         sources: see `flax_unet.data`.
         names: of the classes, for masks of their indices; or one file with names and values, see
-            `read_classes`.
+            `read_classes`. If masks are separate files, the classes of these files.
         foreground: values of the one class; all others are background.
         ignore: values of pixels that do not count.
         threshold: grey values above it are foreground.
+        overlapping: whether the classes of separate files may overlap.
 
     Raises:
         DataError: the declarations contradict each other, or the format is not clear; the message
             names a file, its values and the flags.
     """
+    if sources and len(sources[0]) and not isinstance(sources[0][0]["mask"], bytes):
+        each = _find(*sources, names=(), foreground=foreground, ignore=ignore, threshold=threshold)
+        listed = ("background", *names) if names else each.names
+        return replace(each, names=listed, separate=True, overlapping=overlapping)
+    if overlapping:
+        raise DataError("--overlapping needs --mask-files class")
+    return _find(*sources, names=names, foreground=foreground, ignore=ignore, threshold=threshold)
+
+
+def _find(
+    *sources: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    foreground: Sequence[int],
+    ignore: Sequence[int],
+    threshold: float | None,
+) -> MaskFormat:
     if sum(map(bool, (names, foreground, threshold is not None))) > 1:
         raise DataError("give only one of --classes, --foreground and --mask-threshold")
     if threshold is not None:
@@ -251,14 +318,20 @@ def find(
         values = tuple((value, 1) for value in foreground)
         return MaskFormat(values=_distinct((*values, *not_counted)), rest=0)
     entries = [(source, i) for source in sources for i in range(len(source))]
-    return _discover(map_all(_survey, entries), ignore)
+    return _discover(list(chain.from_iterable(map_all(_survey, entries))), ignore)
 
 
-def _survey(entry: tuple[Sequence[dict[str, Any]], int]) -> _Facts:
+def _survey(entry: tuple[Sequence[dict[str, Any]], int]) -> list[_Facts]:
     source, i = entry
-    example = source[i]
-    name = example.get("files", (None, f"mask {example['name']}"))[1]
-    return _look(open_picture(example["mask"], name), name)
+    return [_look(open_picture(data, name), name) for _, data, name in files_of(source[i])]
+
+
+def files_of(example: dict[str, Any]) -> list[tuple[int, bytes, str]]:
+    """Index of the class, encoded bytes and name of each mask file of an entry of a source."""
+    masks = example["mask"]
+    masks = [(1, masks)] if isinstance(masks, bytes) else masks
+    names = example.get("files", (None, *[f"mask {example['name']}"] * len(masks)))[1:]
+    return [(index, data, name) for (index, data), name in zip(masks, names, strict=True)]
 
 
 def _discover(facts: list[_Facts], ignore: Sequence[int]) -> MaskFormat:

@@ -143,17 +143,20 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a mask of class indices, uint8 [H, W], to (height, width): uint8 [H, W, 1].
+    """Resize a mask, uint8 [H, W, C] of class indices or of 0 and 1, to (height, width).
 
     A pixel has the class that covers most of its area; a single class at least half of it.
     """
+    return np.stack([_resize_index(x, size) for x in np.moveaxis(mask, -1, 0)], axis=-1)
 
+
+def _resize_index(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     def area(of: np.ndarray) -> np.ndarray:
         picture = Image.fromarray(of * np.uint8(255))
         return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BOX))
 
     if mask.max(initial=0) <= 1:
-        return (area(mask) > 127).astype(np.uint8)[..., None]
+        return (area(mask) > 127).astype(np.uint8)
     present = np.flatnonzero(np.bincount(mask.ravel()))
     best = np.argmax([area(mask == value) for value in present], axis=0)
-    return present.astype(np.uint8)[best][..., None]
+    return present.astype(np.uint8)[best]

@@ -174,19 +174,21 @@ def configure(
     encoder: Variant | None = None,
     dtype: str = "float32",
     num_classes: int = 1,
+    overlapping: bool = False,
     upright: bool = False,
 ) -> Recipe:
     """The recipe with another network.
 
-    With exclusive classes the loss is `EXCLUSIVE[recipe.loss]`, and `random_affine` marks the
-    pixels from outside the image as not counted.
+    With exclusive classes the loss is `EXCLUSIVE[recipe.loss]`. With several classes
+    `random_affine` marks the pixels from outside the image as not counted.
 
     Args:
         recipe: from `RECIPES`, or your own.
         features: channels per level; by default the recipe's.
         encoder: variant of the encoder; by default the recipe's.
         dtype: type of the computation.
-        num_classes: 1, or the number of exclusive classes.
+        num_classes: 1, or the number of classes.
+        overlapping: whether these are independent of each other, and not exclusive.
         upright: whether pictures have a top, and `random_affine` rotates them by `TILT` at most.
 
     Raises:
@@ -202,9 +204,10 @@ def configure(
         rotation = min(TILT, affine.get("rotation", TILT))
         affine = affine | {"rotation": rotation, "upright": True}
     if num_classes > 1:
-        changes["num_classes"] = num_classes
+        changes |= {"num_classes": num_classes, "overlapping": overlapping}
         affine = affine and affine | {"outside": IGNORE}
-        recipe = replace(recipe, loss=EXCLUSIVE.get(recipe.loss, recipe.loss))
+        if not overlapping:
+            recipe = replace(recipe, loss=EXCLUSIVE.get(recipe.loss, recipe.loss))
     if affine:
         recipe = replace(recipe, augment=recipe.augment | {"random_affine": affine})
     if isinstance(model.dropout, tuple):

@@ -18,6 +18,7 @@ import numpy as np
 import flax_unet
 from flax_unet import checkpoint, formats, images, pack, recipes, train
 from flax_unet.efficientnet import with_imagenet
+from flax_unet.folders import MaskFiles
 from flax_unet.formats import BINARY, MaskFormat
 from flax_unet.images import RGB, ImageFormat
 from flax_unet.model import UNet
@@ -41,7 +42,8 @@ class Settings:
     encoder: Literal["lite0", "lite2"] | None = None
     """EfficientNet of --recipe pretrained; lite0 by default."""
     dataset: str = "kvasir_seg"
-    """kvasir_seg, synthetic_polyps, or folder: the pictures in --images and --masks."""
+    """kvasir_seg, synthetic_polyps or synthetic_cells; tfds:NAME, any data set of TFDS; or folder,
+    the pictures in --images and --masks."""
     protocol: str = "article"
     """Train, validation and test split of kvasir_seg: article, medico, effisegnet or sorted42."""
     init: Path | None = None
@@ -93,6 +95,9 @@ class Places:
     """End of the images' names that the masks' names lack, such as _training."""
     mask_suffix: str = ""
     """End of the masks' names that the images' names lack, such as _mask."""
+    mask_files: MaskFiles = "one"
+    """one file for a picture; or one for each class, in subfolders NAME of --classes or with _NAME
+    at the end; or one for each instance, in a subfolder with the picture's name."""
     split_file: Path | None = None
     """JSON or CSV file with the split of each name (--dataset folder). By default the folders
     train, val and test say it, or 80, 10 and 10 % are chosen by a hash of the names."""
@@ -103,6 +108,13 @@ class Places:
     """share: exactly 80, 10 and 10 %; name: about that, and adding pictures moves no other one."""
     data_dir: Path | None = None
     """Where TFDS stores prepared data sets; by default ~/tensorflow_datasets."""
+    image_key: str | None = None
+    """Feature of --dataset tfds:NAME that holds the image; image by default."""
+    mask_key: str | None = None
+    """Feature of --dataset tfds:NAME that holds the mask; mask by default."""
+    tfds_splits: tuple[str, str, str] | None = None
+    """Splits of --dataset tfds:NAME, or slices of them such as train[:90%], for training,
+    validation and test; by default train, validation and test."""
     stream: bool = False
     """Decode the training pictures in every epoch instead of keeping them on the device."""
 
@@ -144,6 +156,7 @@ def configure(
         encoder=settings.encoder,
         dtype=settings.dtype,
         num_classes=mask_format.channels,
+        overlapping=mask_format.overlapping,
         upright=settings.upright,
     )
     model, size = recipe.model, settings.image_size

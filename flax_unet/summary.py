@@ -27,19 +27,24 @@ def facts(mask: np.ndarray, resized: np.ndarray) -> Facts:
     """Compare a mask with its resized version.
 
     Args:
-        mask: class indices and `IGNORE`, uint8 [H, W].
-        resized: the same, uint8 [H', W', 1].
+        mask: class indices and `IGNORE`, uint8 [H, W, 1]; or 0 and 1, [H, W, K], of the classes
+            1 to K.
+        resized: the same at the network's size.
     """
-    height, width = mask.shape
-    enlarged = Image.fromarray(resized[..., 0]).resize((width, height), Image.Resampling.NEAREST)
-    kept, pixels, objects, lost, needed = np.asarray(enlarged), _count(mask), 0, 0, 0
+    height, width, channels = mask.shape
+    enlarged = [
+        np.asarray(Image.fromarray(x).resize((width, height), Image.Resampling.NEAREST))
+        for x in np.moveaxis(resized, -1, 0)
+    ]
+    pixels, objects, lost, needed = _count(mask), 0, 0, 0
     for index in (int(i) for i in pixels if i != "0"):
-        there = mask == index
+        channel, value = (0, index) if channels == 1 else (index - 1, 1)
+        there = mask[..., channel] == value
         rows, columns = (np.flatnonzero(there.any(axis)) for axis in (1, 0))
         box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
         there = there[box]
         regions, n = ndimage.label(there)  # type: ignore[misc]
-        still, objects = kept[box] == index, objects + n
+        still, objects = enlarged[channel][box] == value, objects + n
         if n == 1 and (there & still).any():
             continue
         number = np.bincount(regions[still], minlength=n + 1)[1:]
@@ -47,16 +52,18 @@ def facts(mask: np.ndarray, resized: np.ndarray) -> Facts:
         for y, x in (boxes[i] for i in np.flatnonzero(number == 0)):
             a, b = y.stop - y.start, x.stop - x.start
             lost, needed = lost + 1, max(needed, -(-height // a), -(-width // b))
-    return Facts(height, width, pixels, _count(resized[..., 0]), objects, lost, needed)
+    return Facts(height, width, pixels, _count(resized), objects, lost, needed)
 
 
 def _count(mask: np.ndarray) -> dict[str, int]:
-    if mask.max(initial=0) <= 1:  # several times as fast as a histogram
+    if mask.shape[-1] > 1:
+        number = [np.count_nonzero((mask != 1).all(-1)), *(mask == 1).sum((0, 1)).tolist()]
+    elif mask.max(initial=0) <= 1:  # several times as fast as a histogram
         ones = int(np.count_nonzero(mask))
         number = mask.size - ones, ones
     else:
-        number = Image.fromarray(mask).histogram()[:IGNORE]
-    return {str(i): n for i, n in enumerate(number) if n}
+        number = Image.fromarray(mask[..., 0]).histogram()[:IGNORE]
+    return {str(i): int(n) for i, n in enumerate(number) if n}
 
 
 def summarise(splits: Mapping[str, Sequence[Facts]], names: Sequence[str]) -> dict[str, Any]:
@@ -79,7 +86,7 @@ def _summary(each: Sequence[Facts], names: Sequence[str]) -> dict[str, Any]:
     for one in each:
         pixels.update(one.pixels)
         pictures.update(one.pixels.keys())
-    total = max(1, pixels.total())
+    total = max(1, sum(one.height * one.width for one in each))
     sizes = Counter(f"{one.width}x{one.height}" for one in each)
     return {
         "pictures": len(each),

@@ -68,6 +68,8 @@ def open_split(
             options.masks,
             image_suffix=options.image_suffix,
             mask_suffix=options.mask_suffix,
+            mask_files=places.mask_files,
+            classes=separate_classes(trained),
         )
         return source, f"folder-{options.images.parent.name}-{options.images.name}", "folder"
     if settings.dataset == "folder" and places.images is None:
@@ -76,9 +78,16 @@ def open_split(
             "all pictures of two folders with --images and --masks"
         )
     moved = {k: v for k in ("kvasir_zip", "data_dir") if (v := getattr(options, k)) is not None}
-    sources = open_sources(settings, replace(places, **moved))
+    sources = open_sources(settings, replace(places, **moved), separate_classes(trained))
     source = split_of(settings, sources, options.split)
     return source, options.split, protocol(settings) or settings.dataset
+
+
+def separate_classes(trained: runs.Trained) -> tuple[str, ...]:
+    """The classes that had mask files of their own in training."""
+    if trained.places.mask_files != "class" or trained.mask_format is None:
+        return ()
+    return trained.mask_format.names[1:]
 
 
 def format_of(
@@ -97,9 +106,10 @@ def format_of(
     elif options.images is not None and trained.settings.dataset != "folder":
         known = None  # files of another kind than the data set's own
     found = known or find(source)
-    if found.channels != trained.model.num_classes:
+    model = trained.model
+    if (found.channels, found.overlapping) != (model.num_classes, model.overlapping):
         raise DataError(
-            f"the masks have {len(found.names)} classes, and the model {trained.model.num_classes}"
+            f"the masks have {len(found.names)} classes, and the model {model.num_classes}"
         )
     return found
 
@@ -178,7 +188,8 @@ def run(options: Options) -> None:
         ):
             batches.append(batch)
             bar.update(len(batch.name))
-    scores, counts, reliability = report(batches, mask_format.names)
+    names = mask_format.learned
+    scores, counts, reliability = report(batches, names)
     fingerprint = data.fingerprint(source)
     content = {
         "what": what,
@@ -202,8 +213,8 @@ def run(options: Options) -> None:
     dice = metrics.dice(counts).mean(-1)
     order = np.argsort(-dice, kind="stable")
     chosen = [int(order[i]) for i in (0, n // 2, -1)]
-    names = [f"{scores['own_size']['images'][i]['name']} (Dice {dice[i]:.3f})" for i in chosen]
-    print("  best, median, worst: " + ", ".join(names))
+    shown = [f"{scores['own_size']['images'][i]['name']} (Dice {dice[i]:.3f})" for i in chosen]
+    print("  best, median, worst: " + ", ".join(shown))
 
     stem = f"evaluation-{what}" + ("" if trained.checkpoint == "best" else f"-{trained.checkpoint}")
     stem += "-flips" if options.flips else ""
@@ -211,10 +222,11 @@ def run(options: Options) -> None:
     out.mkdir(parents=True, exist_ok=True)
     runs.write_atomically(out / f"{stem}.json", json.dumps(content, indent=2) + "\n")
     sheet, written = [panels(batches, i) for i in chosen], ".png and -reliability.png"
-    if len(mask_format.names) > 2:
+    if trained.model.num_classes > 1:
         sheet.append(draw.legend(mask_format.names, sheet[0].shape[1]))
+    if trained.model.num_classes > 1 and not mask_format.overlapping:
         matrix = np.array(scores["own_size"]["confusion_matrix"])
-        draw.save_confusion(out / f"{stem}-confusion.png", matrix, mask_format.names)
+        draw.save_confusion(out / f"{stem}-confusion.png", matrix, names)
         written = ".png, -confusion.png and -reliability.png"
     draw.save_sheet(out / f"{stem}.png", sheet)
     draw.save_reliability(out / f"{stem}-reliability.png", reliability)
@@ -224,8 +236,10 @@ def run(options: Options) -> None:
 def panels(batches: list[Scores], i: int) -> np.ndarray:
     """The panels of picture i."""
     batch, row = batches[i // (size := len(batches[0].name))], i % size
-    make = draw.class_panels if batch.prediction.dtype == np.uint8 else draw.panels
-    return make(batch.image[row], batch.prediction[row, ..., 0], batch.mask[row, ..., 0])
+    if batch.prediction.dtype == np.uint8:
+        flat = draw.flat(batch.prediction[row]), draw.flat(batch.mask[row])
+        return draw.class_panels(batch.image[row], *flat)
+    return draw.panels(batch.image[row], batch.prediction[row, ..., 0], batch.mask[row, ..., 0])
 
 
 def main(args: list[str] | None = None) -> int:

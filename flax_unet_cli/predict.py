@@ -1,10 +1,12 @@
 """Segment pictures: `flax-unet predict --workdir runs/ --out OUT INPUT...`.
 
 Writes NAME-mask.png and NAME-overlay.png for each picture, at its own size. A mask has 0 and 255,
-or the indices of the classes with a palette.
+or the indices of the classes with a palette; of overlapping classes there is one mask for each,
+NAME-mask-CLASS.png.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from flax_unet import data, draw, images, pictures, predict, runs
 from flax_unet.classes import decide
+from flax_unet.formats import BINARY
 from flax_unet.pictures import DataError
 from flax_unet_cli import program
 from flax_unet_cli.sources import RangeFlags
@@ -40,8 +43,15 @@ class Options:
     """Average the prediction over the 4 flips of each image, at 4 times the work."""
 
 
-def plan(inputs: tuple[Path, ...], out: Path) -> dict[Path, tuple[Path, Path]]:
-    """{picture: (file of its mask, file of its overlay)} for the files and folders given.
+def plan(
+    inputs: tuple[Path, ...], out: Path, masks: Sequence[str] = ("mask",)
+) -> dict[Path, list[Path]]:
+    """{picture: files of its masks and of its overlay} for the files and folders given.
+
+    Args:
+        inputs: files and folders.
+        out: folder of the results.
+        masks: what the names of the masks end with.
 
     Raises:
         DataError: there are none, or a result would overwrite a picture or another result.
@@ -49,10 +59,10 @@ def plan(inputs: tuple[Path, ...], out: Path) -> dict[Path, tuple[Path, Path]]:
     files = [f for path in inputs for f in (data.list_pictures(path) if path.is_dir() else [path])]
     if not files:
         raise DataError("no pictures: give files, or folders with pictures")
-    results = {f: (out / f"{f.stem}-mask.png", out / f"{f.stem}-overlay.png") for f in files}
+    results = {f: [out / f"{f.stem}-{end}.png" for end in (*masks, "overlay")] for f in files}
     owners = {file.absolute(): file for file in results}
-    for file, pair in results.items():
-        for result in pair:
+    for file, planned in results.items():
+        for result in planned:
             if (other := owners.setdefault(result.absolute(), file)) != file:
                 raise DataError(
                     f"{result}, a result of {file}, would overwrite {other} or a result of it: "
@@ -68,13 +78,14 @@ def run(options: Options) -> int:
     results = plan(options.inputs, options.out)
     trained = runs.load_model(options.workdir, options.checkpoint)
     model = predict.Mirrored(trained.model) if options.flips else trained.model
-    names = (
-        trained.mask_format.names if trained.mask_format and trained.model.num_classes > 1 else None
-    )
+    overlapping, mask_format = trained.model.overlapping, trained.mask_format or BINARY
+    if overlapping:
+        masks = [f"mask-{name}" for name in mask_format.learned]
+        results = plan(options.inputs, options.out, masks)
     image_format = options.ranges.apply(trained.image_format)
     options.out.mkdir(parents=True, exist_ok=True)
     failures = 0
-    for file, (mask_file, overlay_file) in tqdm(results.items(), unit=" pictures", leave=False):
+    for file, (*mask_files, overlay_file) in tqdm(results.items(), unit=" pictures", leave=False):
         try:
             content = pictures.open_content(file, str(file))
             image = images.read(content, image_format, str(file))
@@ -83,16 +94,19 @@ def run(options: Options) -> int:
             failures += 1
             continue
         proba = predict.predict_resized(model, trained.variables, image, trained.settings.size)
-        mask = decide(proba, threshold=options.threshold)[..., 0]
-        if names is None:
-            result = Image.fromarray(mask * np.uint8(255))
-            overlay = draw.overlay(image, proba[..., 0] * mask)
+        mask = decide(proba, threshold=options.threshold, overlapping=overlapping)
+        if trained.model.num_classes == 1:
+            overlay = draw.overlay(image, (proba * mask)[..., 0])
         else:
-            result = Image.fromarray(mask, "P")
-            result.putpalette(draw.palette(256).tobytes())
-            overlay = draw.class_overlay(image, mask, draw.palette(256))
-            overlay = np.concatenate([overlay, draw.legend(names, overlay.shape[1])])
-        result.save(mask_file)
+            overlay = draw.class_overlay(image, draw.flat(mask), draw.palette(256))
+            overlay = np.concatenate([overlay, draw.legend(mask_format.names, overlay.shape[1])])
+        for i, mask_file in enumerate(mask_files):
+            if overlapping or trained.model.num_classes == 1:
+                result = Image.fromarray(mask[..., i] * np.uint8(255))
+            else:
+                result = Image.fromarray(mask[..., 0], "P")
+                result.putpalette(draw.palette(256).tobytes())
+            result.save(mask_file)
         Image.fromarray(overlay).save(overlay_file)
     print(f"{len(results) - failures} of {len(results)} pictures segmented into {options.out}")
     return min(failures, 1)

@@ -11,18 +11,30 @@ from flax_unet.pictures import DataError
 from flax_unet.runs import Places, Settings
 from flax_unet_cli.program import cache_folder
 
+#: Prefix of a data set of TFDS.
+TFDS = "tfds:"
+
 Sources = dict[str, Sequence[dict[str, Any]]]
 
 
-def open_sources(settings: Settings, places: Places) -> Sources:
+def open_sources(settings: Settings, places: Places, classes: Sequence[str] = ()) -> Sources:
     """The splits of the data set, each a source for `flax_unet.data`.
+
+    Args:
+        settings, places: of the run.
+        classes: those that have mask files of their own (--mask-files class).
 
     Raises:
         ValueError: the data is unusable, or a flag is missing or belongs to another data set.
     """
     folder = ("images", "masks", "image_suffix", "mask_suffix", "split_file", "group")
-    for flag, dataset in {**dict.fromkeys(folder, "folder"), "kvasir_zip": "kvasir_seg"}.items():
-        if getattr(places, flag) and settings.dataset != dataset:
+    only = dict.fromkeys(folder, "folder") | {"kvasir_zip": "kvasir_seg"}
+    only |= dict.fromkeys(("image_key", "mask_key", "tfds_splits"), "tfds:NAME")
+    if places.mask_files != "one" and settings.dataset != "folder":
+        raise DataError("--mask-files needs --dataset folder")
+    kind = "tfds:NAME" if settings.dataset.startswith(TFDS) else settings.dataset
+    for flag, dataset in only.items():
+        if getattr(places, flag) and kind != dataset:
             raise DataError(f"--{flag.replace('_', '-')} needs --dataset {dataset}")
     if settings.dataset == "folder":
         if places.images is None or places.masks is None:
@@ -37,14 +49,19 @@ def open_sources(settings: Settings, places: Places) -> Sources:
                 split_file=places.split_file,
                 group=places.group,
                 split_by=places.split_by,
+                mask_files=places.mask_files,
+                classes=classes,
             )
             for split in data.SPLITS
         }
+    if settings.dataset.startswith(TFDS):
+        return _open_tfds(settings.dataset.removeprefix(TFDS), places)
     import tfds_kvasir  # imports TFDS, which a folder does not need
 
     if settings.dataset not in (names := tfds_kvasir.datasets()):
         raise DataError(
-            f"there is no data set {settings.dataset!r}: choose folder or one of {', '.join(names)}"
+            f"there is no data set {settings.dataset!r}: choose one of {', '.join(names)}, "
+            "tfds:NAME or folder"
         )
     if (name := protocol(settings)) and name not in (protocols := names[settings.dataset]):
         raise DataError(
@@ -56,19 +73,36 @@ def open_sources(settings: Settings, places: Places) -> Sources:
     )
 
 
+def _open_tfds(name: str, places: Places) -> Sources:
+    """The splits of any data set of TFDS."""
+    import tensorflow_datasets as tfds
+
+    import tfds_kvasir  # registers its data sets
+
+    try:
+        builder = tfds.builder(name, data_dir=places.data_dir)
+    except (tfds.core.DatasetNotFoundError, ImportError) as error:
+        raise DataError(f"TFDS has no data set {name!r}, or cannot load it: {error}") from error
+    keys = {"image": places.image_key or "image", "mask": places.mask_key or "mask"}
+    return tfds_kvasir.open_splits(builder, places.tfds_splits or data.SPLITS, **keys)
+
+
 @dataclass(frozen=True)
 class MaskFlags:
     """What the values of masks mean; without a flag it must be clear from the masks themselves."""
 
     classes: tuple[str, ...] = ()
     """Names of the classes, background included, of masks that hold their indices; or a text, JSON
-    or CSV file with names, and values or colours (--dataset folder, as the next three)."""
+    or CSV file with names, and values or colours; with --mask-files class the names of the files'
+    classes (--dataset folder or tfds:NAME, as the next ones)."""
     foreground: tuple[int, ...] = ()
     """Values of the foreground; all others are background."""
     ignore: tuple[int, ...] = ()
     """Values of pixels that do not count."""
     mask_threshold: float | None = None
     """Grey value above which a pixel is foreground."""
+    overlapping: bool = False
+    """The classes of --mask-files class may overlap: each is learned as a yes or no of its own."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +150,14 @@ def mask_format_of(settings: Settings, sources: Sources, flags: MaskFlags) -> Ma
     Raises:
         ValueError: it is not clear, or a flag is given for a data set that needs none.
     """
-    if settings.dataset != "folder":
-        if flags != MaskFlags():
-            raise DataError(f"the masks of {settings.dataset} are known: leave out --classes, ...")
-        return BINARY
-    return declared(flags, *sources.values())
+    ours = settings.dataset != "folder" and not settings.dataset.startswith(TFDS)
+    if ours and flags != MaskFlags():
+        raise DataError(f"the masks of {settings.dataset} are known: leave out --classes, ...")
+    source: Any = sources["train"]
+    classes = () if settings.dataset == "folder" else source.classes
+    if classes and replace(flags, ignore=()) == MaskFlags():
+        return find(names=classes, ignore=sorted({*source.ignore, *flags.ignore}))
+    return BINARY if ours else declared(flags, *sources.values())
 
 
 def declared(flags: MaskFlags, *sources: Sequence[dict[str, Any]]) -> MaskFormat:
@@ -131,6 +168,7 @@ def declared(flags: MaskFlags, *sources: Sequence[dict[str, Any]]) -> MaskFormat
         foreground=flags.foreground,
         ignore=flags.ignore,
         threshold=flags.mask_threshold,
+        overlapping=flags.overlapping,
     )
 
 

@@ -72,7 +72,8 @@ def run(options: Options) -> int:
         places = replace(places, split_by=content["places"]["split_by"])
         recorded = images.from_json(content["images"])
     print(f"{settings.dataset}: opening the pictures; the first time takes a minute", flush=True)
-    sources = open_sources(settings, places)
+    separate = options.masks.classes if places.mask_files == "class" else ()
+    sources = open_sources(settings, places, separate)
     known = options.channels == ImageFlags() and recorded
     image_format = known or image_format_of(sources, options.channels)
     mask_format = mask_format_of(settings, sources, options.masks)
@@ -166,8 +167,8 @@ def with_class_weights(recipe: Recipe, settings: runs.Settings, pictures: Pictur
     weights, k = settings.class_weights, recipe.model.num_classes
     if weights is None:
         return recipe
-    if k == 1:
-        raise ValueError("--class-weights needs --classes with more than two names")
+    if k == 1 or recipe.model.overlapping:
+        raise ValueError("--class-weights needs exclusive classes, more than two with --classes")
     if weights == "frequency":
         if pictures.train is None:
             raise ValueError("--class-weights frequency does not go with --stream: give numbers")
@@ -339,11 +340,12 @@ def save_samples(file: Path, model: Any, variables: Any, arrays: data.Arrays) ->
     """Draw the first four images with their predictions."""
     images, masks = np.asarray(arrays.image[:4]), np.asarray(arrays.mask[:4])
     proba = np.asarray(predict_proba(model, variables, images))
-    if proba.shape[-1] == 1:
+    if model.num_classes == 1:
         rows = zip(images, proba[..., 0], masks[..., 0], strict=True)
         sheet = [draw.panels(*row) for row in rows]
     else:
-        rows = zip(images, decide(proba)[..., 0], masks[..., 0], strict=True)
+        index = decide(proba, overlapping=model.overlapping)
+        rows = zip(images, map(draw.flat, index), map(draw.flat, masks), strict=True)
         sheet = [draw.class_panels(*row) for row in rows]
         sheet.append(draw.legend(arrays.mask_format.names, sheet[0].shape[1]))
     draw.save_sheet(file, sheet)

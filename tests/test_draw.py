@@ -117,3 +117,10 @@ def test_images_of_any_channels_and_type_are_shown(channels, shown):
     np.testing.assert_array_equal(sheet[:, 10:], expected)
     index = np.zeros((6, 5), np.uint8)
     assert (draw.class_panels(image, index, index) == np.tile(expected, (1, 3, 1))).all()
+
+
+def test_overlapping_classes_are_drawn_with_the_last_on_top():
+    mask = np.array([[[0, 0], [1, 0], [0, 1], [1, 1], [255, 1], [255, 0]]], np.uint8)
+    np.testing.assert_array_equal(draw.flat(mask), [[0, 1, 2, 2, 2, 0]])
+    index = np.array([[[3], [0], [255]]], np.uint8)
+    np.testing.assert_array_equal(draw.flat(index), [[3, 0, 255]])

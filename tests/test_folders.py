@@ -57,6 +57,66 @@ def test_pairs_in_one_folder_differ_by_the_suffix(tmp_path):
     assert found == {"a": ("all/a.jpg", "all/a_mask.png"), "b": ("all/b.jpg", "all/b_mask.png")}
 
 
+def masks_of(source):
+    """{name: [(class, file name), ...]}."""
+    return {
+        entry["name"]: [
+            (index, os.path.basename(file))
+            for (index, _), file in zip(entry["mask"], entry["files"][1:], strict=True)
+        ]
+        for entry in source
+    }
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["masks/{name}_{kind}.png", "masks/{kind}/{name}.png", "masks/{name}-{kind}.png"],
+)
+def test_a_mask_file_for_each_class_is_found_by_folder_or_suffix(tmp_path, layout):
+    for name in ("p_1", "q/2"):
+        write(tmp_path, f"images/{name}.png", layout.format(name=name, kind="cell"))
+    write(tmp_path, layout.format(name="p_1", kind="nucleus"), "masks/notes.png")
+    options = {"mask_files": "class", "classes": ("nucleus", "cell")}
+    with pytest.warns(UserWarning, match="1 files are left out: .*notes.png"):
+        found = masks_of(FolderSource(tmp_path / "images", tmp_path / "masks", **options))
+    assert {name: sorted(i for i, _ in files) for name, files in found.items()} == {
+        "p_1": [1, 2],
+        "q/2": [2],
+    }
+    write(tmp_path, "masks/nucleus/q/2.png", "masks/q/2_nucleus.png")
+    with pytest.raises(DataError, match="are of one class: keep one"):
+        FolderSource(tmp_path / "images", tmp_path / "masks", **options)
+
+
+def test_masks_of_classes_beside_the_pictures_are_found_by_their_suffix(tmp_path):
+    write(tmp_path, *(f"p{i}{end}.png" for i in range(2) for end in ("", "_cell", "_nucleus")))
+    source = FolderSource(tmp_path, tmp_path, mask_files="class", classes=("cell", "nucleus"))
+    both = [(1, "p{}_cell.png"), (2, "p{}_nucleus.png")]
+    expected = {f"p{i}": [(n, file.format(i)) for n, file in both] for i in range(2)}
+    assert masks_of(source) == expected
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("{}/images/{}.png", "{}/masks/{}.png"),  # Data Science Bowl 2018
+        ("images/{}.png", "masks/{}/{}.png"),
+    ],
+)
+def test_mask_files_of_objects_are_found_in_the_pictures_folder(tmp_path, image, mask):
+    for name in ("a", "b"):
+        write(tmp_path, image.format(name, name), *(mask.format(name, f"o{i}") for i in range(3)))
+    found = masks_of(FolderSource(tmp_path, tmp_path, mask_files="instance"))
+    assert found == {name: [(1, f"o{i}.png") for i in range(3)] for name in ("a", "b")}
+
+
+def test_classes_of_separate_files_are_needed_and_only_for_them(tmp_path):
+    write(tmp_path, "images/a.png", "masks/a.png")
+    for options in ({"mask_files": "class"}, {"classes": ("a",)}):
+        with pytest.raises(DataError, match="--mask-files class needs --classes NAME"):
+            FolderSource(tmp_path / "images", tmp_path / "masks", **options)
+
+
 def test_subfolders_are_part_of_the_name(tmp_path):
     for patient in ("p1", "p2"):
         write(tmp_path, f"images/{patient}/0.png", f"masks/{patient}/0.png")

@@ -263,10 +263,80 @@ def test_a_picture_and_a_mask_with_other_exif_orientations_are_refused(turns):
     with pytest.raises(DataError, match=f"EXIF orientation {turns[0]} and mask m0 {turns[1]}"):
         data.decode_pair(pair, BINARY, RGB)
     same = source(turned(mask, 6), image=turned(rgb(size=(48, 48)), 6))[0]
-    np.testing.assert_array_equal(data.decode_pair(same, BINARY, RGB)[1], np.rot90(mask, -1))
+    np.testing.assert_array_equal(
+        data.decode_pair(same, BINARY, RGB)[1][..., 0], np.rot90(mask, -1)
+    )
     # A quarter turn of a picture that is not square: the sizes say how the mask is meant.
     wide, upright = rgb(size=(20, 48)), np.eye(48, 20, dtype=np.uint8)
     pair = source(turned(upright, 1), image=turned(wide, 6))[0]
     image, read_mask = data.decode_pair(pair, BINARY, RGB)
     assert image.shape == (48, 20, 3)
-    np.testing.assert_array_equal(read_mask, upright)
+    np.testing.assert_array_equal(read_mask[..., 0], upright)
+
+
+# Separate files
+
+
+def separate(*masks, names=("a", "b")):
+    """An entry whose classes 1, 2, ... have files of their own."""
+    parts = [(index, encode(mask)) for index, mask in masks]
+    return {"name": "p", "image": encode(rgb(size=(4, 6))), "mask": parts}
+
+
+LEFT, RIGHT = (np.zeros((4, 6), np.uint8) for _ in range(2))
+LEFT[:, :3], RIGHT[:, 2:] = 255, 255  # they overlap in a column
+
+
+def test_separate_files_of_exclusive_classes_become_indices():
+    entries = [separate((1, LEFT), (2, 255 - LEFT)), separate((2, LEFT))]
+    found = formats.find(entries, names=("a", "b"))
+    assert found.names == ("background", "a", "b") and found.channels == 3
+    assert str(found) == "separate files of a, b: background 0; foreground 255"
+    _, mask = data.decode_pair(entries[0], found, RGB)
+    np.testing.assert_array_equal(mask[..., 0], np.where(LEFT, 1, 2))
+    _, mask = data.decode_pair(entries[1], found, RGB)  # without a file of class a
+    np.testing.assert_array_equal(mask[..., 0], np.where(LEFT, 2, 0))
+
+
+def test_exclusive_classes_that_overlap_are_refused_and_overlapping_ones_are_channels():
+    entries = [separate((1, LEFT), (2, RIGHT))]
+    found = formats.find(entries, names=("a", "b"))
+    with pytest.raises(DataError, match="mask p: its classes overlap in 4 pixels: .*--overlapping"):
+        data.decode_pair(entries[0], found, RGB)
+    found = formats.find(entries, names=("a", "b"), overlapping=True)
+    assert found.channels == 2 and found.learned == ("a", "b")
+    _, mask = data.decode_pair(entries[0], found, RGB)
+    np.testing.assert_array_equal(mask, np.stack([LEFT, RIGHT], -1) // 255)
+    assert formats.from_json(formats.to_json(found)) == found
+
+
+def test_separate_files_of_objects_are_joined():
+    entries = [separate((1, LEFT), (1, RIGHT))]
+    found = formats.find(entries)
+    assert found.channels == 1
+    _, mask = data.decode_pair(entries[0], found, RGB)
+    np.testing.assert_array_equal(mask, np.ones((4, 6, 1)))
+
+
+def test_pixels_of_separate_files_that_do_not_count():
+    left = LEFT.copy()
+    left[0] = 9
+    entries = [separate((1, left), (2, 255 - LEFT))]
+    found = formats.find(entries, names=("a", "b"), foreground=(255,), ignore=(9,))
+    _, mask = data.decode_pair(entries[0], found, RGB)
+    np.testing.assert_array_equal(mask[0, :, 0], [IGNORE] * 3 + [2] * 3)
+    np.testing.assert_array_equal(mask[1:, :, 0], np.where(LEFT, 1, 2)[1:])
+    both = formats.find(entries, names=("a", "b"), foreground=(255,), ignore=(9,), overlapping=True)
+    _, mask = data.decode_pair(entries[0], both, RGB)
+    np.testing.assert_array_equal(mask[0], [[IGNORE, 0]] * 3 + [[IGNORE, 1]] * 3)
+
+
+def test_separate_files_of_other_sizes_or_values_are_named():
+    entries = [separate((1, LEFT), (2, RIGHT[:3]))]
+    with pytest.raises(DataError, match="image p is 6x4 but mask p is 6x3"):
+        data.decode_pair(entries[0], formats.find(entries, names=("a", "b")), RGB)
+    entries = [separate((1, LEFT), (2, RIGHT // 3))]
+    with pytest.raises(DataError, match="mask p has the values 0, 85"):
+        formats.find(entries, names=("a", "b"))
+    with pytest.raises(DataError, match="--overlapping needs --mask-files class"):
+        formats.find(source(np.eye(4, dtype=np.uint8)), overlapping=True)

@@ -68,7 +68,7 @@ def test_a_picture_with_damaged_exif_is_named(monkeypatch):
 def test_a_mask_is_resized_by_area():
     mask = np.random.default_rng(0).integers(0, 2, (12, 20), np.uint8)
     fraction = mask.reshape(4, 3, 5, 4).mean((1, 3))
-    small = pictures.resize_mask(mask, (4, 5))
+    small = pictures.resize_mask(mask[..., None], (4, 5))
     assert small.shape == (4, 5, 1) and small.dtype == np.uint8
     clear = abs(fraction - 0.5) > 0.01
     np.testing.assert_array_equal(small[..., 0][clear], (fraction > 0.5)[clear])
@@ -77,12 +77,13 @@ def test_a_mask_is_resized_by_area():
 def test_a_pixel_of_a_resized_mask_has_the_class_that_covers_most_of_it():
     rng = np.random.default_rng(1)
     mask = rng.choice(np.array([0, 1, 4, 255], np.uint8), (12, 20))
-    small = pictures.resize_mask(mask, (4, 5))
+    small = pictures.resize_mask(mask[..., None], (4, 5))
     for i, j in np.ndindex(4, 5):
         square = mask[3 * i : 3 * i + 3, 4 * j : 4 * j + 4]
         number = np.bincount(square.ravel(), minlength=256)
         assert number[small[i, j, 0]] == number.max()
-    np.testing.assert_array_equal(pictures.resize_mask(mask, (12, 20))[..., 0], mask)
+    both = np.stack([mask, mask[::-1]], -1)
+    np.testing.assert_array_equal(pictures.resize_mask(both, (12, 20)), both)
 
 
 @pytest.mark.parametrize(("kind", "pages"), [("tiff", 3), ("gif", 2), ("webp", 2), ("png", 2)])

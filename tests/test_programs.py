@@ -170,8 +170,8 @@ def test_a_run_explains_itself(undisturbed):
     assert names >= {"config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png"}
     assert list((workdir / "tensorboard").glob("events.*"))
     config = json.loads((workdir / "config.json").read_text())
-    parts = {"settings", "model", "training", "data", "masks", "places", "device", "versions"}
-    assert config.keys() == parts | {"summary"}
+    parts = {*runs.DETERMINES, "places", "device", "versions"}
+    assert config.keys() == parts | {"summary"} and {"masks", "images"} <= parts
     assert config["settings"]["features"] == [8, 16] and config["settings"]["recipe"] == "unet"
     assert set(config["data"]) == {"train", "validation", "test"} and "jax" in config["versions"]
     history = lines(workdir)
@@ -481,7 +481,7 @@ def test_impossible_settings_are_named_and_leave_nothing(folders, tmp_path, caps
         ({}, {"masks": "here"}, "--masks needs --dataset folder"),
         ({"dataset": "synthetic_polyps"}, {"kvasir_zip": "a.zip"}, "--kvasir-zip needs --dataset"),
         ({"dataset": "folder"}, {"images": "here"}, "needs --images DIR and --masks DIR"),
-        ({"dataset": "cats"}, {}, "'cats': choose folder or one of kvasir_seg, synthetic_polyps"),
+        ({"dataset": "cats"}, {}, "'cats': choose one of kvasir_seg, synthetic_cells"),
         ({"protocol": "mine"}, {}, "kvasir_seg has no protocol 'mine': choose one of article, "),
     ],
 )
@@ -681,8 +681,13 @@ def test_prediction_takes_pictures_of_any_mode_and_size(undisturbed, tmp_path, c
     command = ["--workdir", str(workdir), "--out", str(out), str(inputs)]
     assert predict.main(command) == 1
     captured = capsys.readouterr()
-    assert re.search("skipped: .*broken.png", captured.err) and "6 of 7 pictures" in captured.out
+    assert re.search("skipped: .*broken.png", captured.err) and "5 of 7 pictures" in captured.out
+    # It was trained on 8 bits: what 16 bits mean is declared.
+    assert re.search("skipped: .*sixteen.png.*--value-range LOW HIGH", captured.err)
     (inputs / "broken.png").unlink()
+    wide = [*command[:-1], str(inputs / "sixteen.png"), "--value-range", "0", "65535"]
+    assert predict.main(wide) == 0
+    (inputs / "sixteen.png").unlink()
     assert predict.main(command) == 0
     for name in ("L", "RGBA", "P", "CMYK", "sixteen", "rotated"):
         size = (45, 70) if name == "rotated" else (70, 45)
@@ -1143,6 +1148,61 @@ def test_exclusive_classes_from_colours_to_report_masks_and_exported_model(
         json.dumps({"rest": ["#000000", "#090909"], "object": ["#0000ff", "#ffff00"]})
     )
     assert train.main([*again, "--classes", str(tmp_path / "two.json")]) == 0
+
+
+def test_overlapping_classes_from_separate_files_to_report_and_masks(tmp_path, capsys):
+    root, workdir, out = tmp_path / "set", tmp_path / "run", tmp_path / "out"
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32]
+    for part in ("images", "masks/disc", "masks/square"):
+        (root / part).mkdir(parents=True)
+    for i in range(40):
+        cy, cx, sy, sx = rng.uniform(8, 24, 4)
+        disc, square = (y - cy) ** 2 + (x - cx) ** 2 < 49, (abs(y - sy) < 6) & (abs(x - sx) < 6)
+        image = rng.normal(60, 10, (32, 32, 3))
+        image[..., 0] += 120 * disc
+        image[..., 2] += 120 * square * (i % 8 > 0)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / f"images/{i:02d}.png")
+        Image.fromarray(disc).save(root / f"masks/disc/{i:02d}.png")
+        if i % 8:  # other pictures have no square, and no file for it
+            Image.fromarray(square).save(root / f"masks/square/{i:02d}.png")
+    flags = arguments(root, workdir, epochs=20, learning_rate=1e-2, mask_files="class")
+    flags += ["--recipe", "strong"]
+    flags += ["--classes", "disc", "square"]
+    assert train.main(flags) == 1
+    assert "its classes overlap in" in capsys.readouterr().err
+    assert train.main([*flags, "--overlapping"]) == 0
+    assert "separate files of disc, square that may overlap" in capsys.readouterr().out
+    model = runs.load_model(workdir, "latest").model
+    assert (model.num_classes, model.overlapping) == (2, True)
+    assert evaluate.main(["--workdir", str(workdir), "--split", "validation"]) == 0
+    report = json.loads((workdir / "evaluation-validation-latest.json").read_text())
+    assert report["dice_pooled"] == pytest.approx(lines(workdir)[-1]["val_dice_pooled"], abs=1e-6)
+    assert list(report["own_size"]["by_class"]) == ["disc", "square"]
+
+    # The predictions on disk, read back, have the scores of the report.
+    options = {"mask_files": "class", "classes": ("disc", "square")}
+    split = data.FolderSource(root / "images", root / "masks", "validation", **options)
+    names = [entry["name"] for entry in split]
+    pictures = [str(root / "images" / f"{name}.png") for name in names]
+    command = ["--workdir", str(workdir), "--checkpoint", "latest", "--out", str(out)]
+    assert predict.main([*command, *pictures]) == 0
+    for kind, scores in report["own_size"]["by_class"].items():
+        true, predicted = [], []
+        for name in names:
+            file = root / f"masks/{kind}/{name}.png"
+            mask = np.asarray(Image.open(file)) if file.exists() else np.zeros((32, 32), bool)
+            true.append(mask)
+            predicted.append(np.asarray(Image.open(out / f"{name}-mask-{kind}.png")) == 255)
+        true, predicted = np.concatenate(true).ravel(), np.concatenate(predicted).ravel()
+        jaccard = sklearn.metrics.jaccard_score(true, predicted)
+        assert scores["pooled"]["iou"] == pytest.approx(jaccard) and jaccard > 0.5
+    with Image.open(out / f"{names[0]}-overlay.png") as overlay:
+        assert overlay.width == 32 and overlay.height > 32  # with a legend
+
+    # Other pictures of the same layout.
+    flags = ["--workdir", workdir, "--images", root / "images", "--masks", root / "masks"]
+    assert evaluate.main([*map(str, flags), "--out", str(out)]) == 0
 
 
 def test_a_run_with_other_classes_is_refused(discs_and_squares, tmp_path, capsys):

@@ -185,6 +185,14 @@ def test_a_recipe_is_configured_with_another_network():
     assert replace(pretrained, model=RECIPES["pretrained"].model) == RECIPES["pretrained"]
 
 
+def test_overlapping_classes_keep_the_loss_of_one_class():
+    recipe = recipes.configure(RECIPES["strong"], num_classes=3, overlapping=True)
+    assert recipe.model.overlapping and recipe.model.num_classes == 3
+    assert recipe.loss == "bce_soft_dice" and recipe.augment["random_affine"]["outside"] == 255
+    exclusive = recipes.configure(RECIPES["strong"], num_classes=3)
+    assert not exclusive.model.overlapping and exclusive.loss == "cross_entropy_soft_dice"
+
+
 def test_pictures_with_a_top_are_rotated_little():
     recipe = recipes.configure(RECIPES["strong"], upright=True)
     affine = RECIPES["strong"].augment["random_affine"]

@@ -19,6 +19,7 @@ def spots(*boxes, size=(60, 40), value=1):
 
 
 def facts_of(mask, size):
+    mask = mask if mask.ndim == 3 else mask[..., None]
     return summary.facts(mask, pictures.resize_mask(mask, size))
 
 
@@ -39,6 +40,15 @@ def test_classes_are_looked_at_separately_and_what_does_not_count_is_left_out():
     facts = facts_of(mask, (12, 8))
     assert facts.pixels == {"0": 399, "2": 1, "3": 1200} and facts.resized.keys() == {"0", "3"}
     assert (facts.objects, facts.lost) == (2, 1)
+
+
+def test_overlapping_classes_are_looked_at_in_their_own_channels():
+    large, small = spots((0, 0, 30, 40)), spots((5, 5, 20, 20), (50, 30, 1, 1))
+    facts = facts_of(np.stack([large, small], -1), (12, 8))
+    assert facts.pixels == {"0": 2400 - 1200 - 1, "1": 1200, "2": 401}
+    assert facts.resized.keys() == {"0", "1", "2"} and (facts.objects, facts.lost) == (3, 1)
+    train = summary.summarise({"train": [facts]}, ("rest", "large", "small"))["train"]
+    assert train["classes"]["small"]["fraction"] == pytest.approx(401 / 2400)
 
 
 def test_a_summary_has_fractions_pictures_and_what_was_lost():

@@ -1,7 +1,8 @@
-"""Shared by both data sets: features, mask encoding, bounding boxes, a base class of builders."""
+"""Shared by the data sets: features, mask encoding, bounding boxes, a base class of builders."""
 
 import importlib.util
 import io
+from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -24,7 +25,13 @@ def features() -> tfds.features.FeaturesDict:
 
 
 class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A builder that works without TensorFlow."""
+    """A builder that works without TensorFlow.
+
+    Attributes:
+        IGNORE: values of the masks that do not count.
+    """
+
+    IGNORE: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self, *, file_format: str | tfds.core.FileFormat | None = None, **kwargs):
         """Args, in addition to those of TFDS:

@@ -1,0 +1,1 @@
+"""The synthetic cells data set, in the folder layout of TFDS."""
