@@ -56,9 +56,10 @@ def main() -> None:
     results |= {"cold start to the first step": starts, "peak memory after it, MB": memory}
     for task, template in TRAINING.items():
         results[task] = measure(workers, requests(template), options.rounds)
-    # Is training input-bound? Compare an epoch with steps on a batch in memory, alternating.
+    # Is training input-bound, and what do 11 classes cost? Compare an epoch, and steps with
+    # classes, with steps on a batch in memory, alternating.
     steps = IMAGES // 8
-    kinds = {"bare": f"step float32 8 {steps}"}
+    kinds = {"bare": f"step float32 8 {steps}", "classes": f"classes float32 8 {steps}"}
     kinds |= {kind: f"{kind} float32 8 1" for kind in ("epoch", "augmented")}
     times = measure(dict.fromkeys(kinds, workers[OURS]), kinds, options.rounds)
     save(options.out, results | {"epochs and bare steps": times})
@@ -68,6 +69,7 @@ def main() -> None:
     bare = [steps * seconds for seconds in times["bare"]]
     for kind in ("epoch", "augmented"):
         print(f"{kind} / its bare steps: {ratio(times[kind], bare)}")
+    print(f"step with 11 classes / with one: {ratio(times['classes'], times['bare'])}")
 
 
 if __name__ == "__main__":

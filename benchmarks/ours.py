@@ -7,6 +7,7 @@ from itertools import count, repeat
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from worker import SIZE, images, serve
 
@@ -17,6 +18,7 @@ KEY = jax.random.key(1)
 TX = optax.adam(1e-3, eps=1e-7)
 CHANGE = augment.chain(augment.random_affine, augment.random_colour)
 EPOCH = count()
+CLASSES = 11
 
 
 @cache
@@ -25,14 +27,24 @@ def arrays(n: int) -> data.Arrays:
     return data.to_device(data.Arrays(image, mask, [""] * len(image), ""))
 
 
-def network(precision: str) -> Any:
+@cache
+def indices(n: int) -> data.Arrays:
+    """The same images with masks of `CLASSES` classes, in squares."""
+    y, x = np.mgrid[:SIZE, :SIZE] // 16
+    mask = ((y + 3 * x) % CLASSES).astype(np.uint8)[None, ..., None].repeat(n, 0)
+    return data.to_device(arrays(n)._replace(mask=mask))
+
+
+def network(precision: str, classes: int = 1) -> Any:
     """The tutorial's network. On a GPU, JAX uses TF32 for float32 by default."""
     jax.config.update("jax_default_matmul_precision", "highest" if precision == "float32" else None)
-    return ARTICLE.clone(dtype="bfloat16" if precision == "bfloat16" else "float32")
+    dtype = "bfloat16" if precision == "bfloat16" else "float32"
+    return ARTICLE.clone(dtype=dtype, num_classes=classes)
 
 
-def initial_state(precision: str) -> train.TrainState:
-    return train.create_train_state(network(precision), TX, jax.random.key(0), (1, SIZE, SIZE, 3))
+def initial_state(precision: str, classes: int = 1) -> train.TrainState:
+    shape = (1, SIZE, SIZE, 3)
+    return train.create_train_state(network(precision, classes), TX, jax.random.key(0), shape)
 
 
 @cache
@@ -41,10 +53,11 @@ def variables(precision: str) -> Any:
 
 
 @cache
-def trainer(precision: str, augmented: bool) -> Callable[[Iterable[Any]], None]:
+def trainer(precision: str, augmented: bool, classes: int = 1) -> Callable[[Iterable[Any]], None]:
     """A function that takes a training step on each batch and waits for the last one."""
-    model, state = network(precision), initial_state(precision)
-    step = train.make_train_step(model, TX, losses.bce, augment=CHANGE if augmented else None)
+    model, state = network(precision, classes), initial_state(precision, classes)
+    loss = losses.bce if classes == 1 else losses.cross_entropy
+    step = train.make_train_step(model, TX, loss, augment=CHANGE if augmented else None)
 
     def run(batches: Iterable[Any]) -> None:
         nonlocal state
@@ -61,6 +74,9 @@ def work(kind: str, precision: str, batch: int, times: int) -> None:
     if kind == "step":
         first = jax.device_put(next(data.batches(dataset, batch)))
         trainer(precision, False)(repeat(first, times))
+    elif kind == "classes":
+        first = jax.device_put(next(data.batches(indices(int(sys.argv[1])), batch)))
+        trainer(precision, False, CLASSES)(repeat(first, times))
     elif kind == "infer":
         image = dataset.image[:batch]
         answers = [predict.predict_proba(model, variables(precision), image) for _ in range(times)]

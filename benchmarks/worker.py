@@ -7,6 +7,7 @@ line of JSON: the seconds per repetition, the peak memory so far, and the time o
     infer       probabilities of a batch already in memory
     epoch       steps over a shuffled set of uint8 images
     augmented   the same, with random augmentation
+    classes     a training step with 11 exclusive classes (ours.py only)
 
 and the precisions are float32, tf32 (on GPUs that have it) and bfloat16.
 """

@@ -33,8 +33,8 @@ from flax_unet.pictures import (
     DataError,
     open_content,
     open_picture,
-    resize_image,
     resize_mask,
+    size_of,
 )
 from flax_unet.summary import Facts
 
@@ -64,9 +64,17 @@ class Arrays(NamedTuple):
 
 
 def decode_pair(
-    example: dict[str, Any], mask_format: MaskFormat, image_format: ImageFormat
+    example: dict[str, Any],
+    mask_format: MaskFormat,
+    image_format: ImageFormat,
+    size: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decode an entry of a source at its own size.
+    """Decode an entry of a source.
+
+    Args:
+        example: the entry.
+        mask_format, image_format: what its values mean.
+        size: height and width to which the image, but not the mask, is resized, if given.
 
     Returns:
         The image [H, W, C], uint8 or float32 in [0, 1], and the mask, uint8 [H, W, 1] of class
@@ -78,11 +86,11 @@ def decode_pair(
     masks = formats.files_of(example)
     name = example.get("files", (f"image {example['name']}",))[0]
     picture = open_content(example["image"], name)
-    image = images.read(picture, image_format, name)
+    image = images.read(picture, image_format, name, size)
     orientation = picture.info["orientation"] if isinstance(picture, Image.Image) else 1
     opened = [(index, open_picture(data, file), file) for index, data, file in masks]
     for _, mask, file in opened:
-        _check_pair(image.shape[1::-1], orientation, name, mask, file)
+        _check_pair(size_of(picture), orientation, name, mask, file)
     if mask_format.separate:
         return image, formats.read_separate(opened, mask_format)
     ((_, mask, file),) = opened
@@ -203,8 +211,8 @@ def decode_resized(
 ) -> tuple[np.ndarray, np.ndarray, str, np.ndarray]:
     """Image and mask of an entry at the network's size, its name, and the mask at its own size."""
     example = source[i]
-    image, mask = decode_pair(example, mask_format, image_format)
-    return resize_image(image, size), resize_mask(mask, size), example["name"], mask
+    image, mask = decode_pair(example, mask_format, image_format, size)
+    return image, resize_mask(mask, size), example["name"], mask
 
 
 def check(image: Any, mask: Any) -> None:

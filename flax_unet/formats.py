@@ -120,8 +120,10 @@ def read(picture: Image.Image, mask_format: MaskFormat, name: str = "mask") -> n
     elif (picture := _opaque(picture, name)).mode in ("L", "P"):
         # Pillow's histogram and table are several times as fast as NumPy's.
         classes, known = _byte_table(mask_format)
-        if all(map(known.__getitem__, np.flatnonzero(picture.histogram()))):
-            return np.asarray(picture.point(classes))
+        present = np.flatnonzero(picture.histogram()).tolist()
+        if all(known[value] for value in present):
+            same = all(classes[value] == value for value in present)
+            return np.asarray(picture if same else picture.point(classes))
         values = np.asarray(picture)
     else:
         values = _grey(picture, name)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from flax_unet.parallel import map_all
-from flax_unet.pictures import Content, DataError, open_content
+from flax_unet.pictures import Content, DataError, open_content, resize_image
 
 Kind = Literal["8 bits", "integers", "floats"]
 #: Modes of Pillow with an alpha channel.
@@ -71,17 +71,33 @@ def from_json(content: dict[str, Any]) -> ImageFormat:
     return ImageFormat(**values)
 
 
-def read(picture: Content, image_format: ImageFormat = RGB, name: str = "picture") -> np.ndarray:
+def read(
+    picture: Content,
+    image_format: ImageFormat = RGB,
+    name: str = "picture",
+    size: tuple[int, int] | None = None,
+) -> np.ndarray:
     """A picture as an image [H, W, channels]: uint8, or float32 in [0, 1].
 
     Args:
         picture: from `pictures.open_content` or Pillow, or an array [H, W, channels].
         image_format: see above.
         name: what error messages call it.
+        size: height and width to which the image is resized, if given.
 
     Raises:
         DataError: the picture has other channels or values than the format, or is not finite.
     """
+    if size is None:
+        return _read(picture, image_format, name)
+    usual = isinstance(picture, Image.Image) and picture.mode == "RGB" and not _has_alpha(picture)
+    if usual and (image_format.channels, image_format.kind) == (3, "8 bits"):
+        # Most pictures: Pillow resizes them without two copies of all pixels.
+        return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    return resize_image(_read(picture, image_format, name), size)
+
+
+def _read(picture: Content, image_format: ImageFormat, name: str) -> np.ndarray:
     values = _channels(picture, image_format, name)
     kind = _kind(values)
     if image_format.kind not in (kind, None):
@@ -122,7 +138,7 @@ def _channels(picture: Content, image_format: ImageFormat, name: str) -> np.ndar
             picture = _without_alpha(picture, image_format, name)
         if picture.mode == "1":
             picture = picture.convert("L")
-        if picture.mode != "L" and not _is_wide(picture):
+        if picture.mode not in ("L", "RGB") and not _is_wide(picture):
             picture = picture.convert("RGB")
         values = np.asarray(picture)
         if values.ndim == 2:

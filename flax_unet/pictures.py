@@ -90,6 +90,13 @@ def open_content(data: bytes | Path, name: str, *, decode: bool = True) -> Conte
         raise DataError(f"{name}: not a readable picture ({reason})") from error
 
 
+def size_of(content: Content) -> tuple[int, int]:
+    """Width and height."""
+    if isinstance(content, np.ndarray):
+        return content.shape[1], content.shape[0]
+    return (content[0] if isinstance(content, list) else content).size
+
+
 def _check_size(width: int, height: int, pages: int) -> None:
     if width * height * pages > MAX_PIXELS:
         size = f"{width} x {height}" + f" x {pages}" * (pages > 1)

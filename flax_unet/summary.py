@@ -32,11 +32,7 @@ def facts(mask: np.ndarray, resized: np.ndarray) -> Facts:
         resized: the same at the network's size.
     """
     height, width, channels = mask.shape
-    enlarged = [
-        np.asarray(Image.fromarray(x).resize((width, height), Image.Resampling.NEAREST))
-        for x in np.moveaxis(resized, -1, 0)
-    ]
-    pixels, objects, lost, needed = _count(mask), 0, 0, 0
+    pixels, kept, objects, lost, needed = _count(mask), _count(resized), 0, 0, 0
     for index in (int(i) for i in pixels if i != "0"):
         channel, value = (0, index) if channels == 1 else (index - 1, 1)
         there = mask[..., channel] == value
@@ -44,15 +40,18 @@ def facts(mask: np.ndarray, resized: np.ndarray) -> Facts:
         box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
         there = there[box]
         regions, n = ndimage.label(there)  # type: ignore[misc]
-        still, objects = enlarged[channel][box] == value, objects + n
-        if n == 1 and (there & still).any():
+        objects += n
+        if n == 1 and str(index) in kept:  # the rest is slow
             continue
+        enlarged = Image.fromarray(resized[..., channel])
+        enlarged = enlarged.resize((width, height), Image.Resampling.NEAREST)
+        still = np.asarray(enlarged)[box] == value
         number = np.bincount(regions[still], minlength=n + 1)[1:]
         boxes = ndimage.find_objects(regions)
         for y, x in (boxes[i] for i in np.flatnonzero(number == 0)):
             a, b = y.stop - y.start, x.stop - x.start
             lost, needed = lost + 1, max(needed, -(-height // a), -(-width // b))
-    return Facts(height, width, pixels, _count(resized), objects, lost, needed)
+    return Facts(height, width, pixels, kept, objects, lost, needed)
 
 
 def _count(mask: np.ndarray) -> dict[str, int]:

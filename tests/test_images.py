@@ -10,7 +10,7 @@ from PIL import Image
 
 from flax_unet import images
 from flax_unet.images import RGB, ImageFormat
-from flax_unet.pictures import DataError, open_content
+from flax_unet.pictures import DataError, open_content, resize_image
 
 GREY = ImageFormat(channels=1)
 
@@ -203,3 +203,12 @@ def test_a_picture_that_contradicts_the_format_is_refused_with_the_flag():
 def test_a_format_survives_json():
     for each in (RGB, GREY, ImageFormat(2, None, (0.5, 1), (2, 3), (1.0, 99.0), True, True)):
         assert images.from_json(images.to_json(each)) == each
+
+
+def test_the_usual_pictures_are_resized_like_all_others():
+    colour = rgb(size=(30, 40))
+    expected = resize_image(colour, (12, 16))
+    np.testing.assert_array_equal(read(encode(colour)), colour)
+    for picture in (colour, np.dstack([colour, np.full((30, 40), 255, np.uint8)])):
+        content = open_content(encode(picture), "eye")
+        np.testing.assert_array_equal(images.read(content, size=(12, 16)), expected)
