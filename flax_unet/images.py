@@ -90,10 +90,10 @@ def read(
     """
     if size is None:
         return _read(picture, image_format, name)
-    usual = isinstance(picture, Image.Image) and picture.mode == "RGB" and not _has_alpha(picture)
-    if usual and (image_format.channels, image_format.kind) == (3, "8 bits"):
-        # Most pictures: Pillow resizes them without two copies of all pixels.
-        return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    if isinstance(picture, Image.Image) and picture.mode == "RGB" and not _has_alpha(picture):
+        if (image_format.channels, image_format.kind) == (3, "8 bits"):
+            # Most pictures: Pillow resizes them without two copies of all pixels.
+            return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
     return resize_image(_read(picture, image_format, name), size)
 
 
