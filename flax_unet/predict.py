@@ -99,7 +99,7 @@ def predict_picture(
     variables: Any,
     picture: Content,
     size: int | tuple[int, int],
-    image_format: ImageFormat = images.RGB,
+    image_format: ImageFormat | None = None,
 ) -> np.ndarray:
     """Probabilities at the picture's own size, computed at the size the model was trained on.
 
@@ -108,15 +108,30 @@ def predict_picture(
         variables: its parameters (and state).
         picture: of any size, from Pillow or `pictures.open_content`.
         size: height and width to which it is resized for the model.
-        image_format: as in training (`runs.Trained.image_format`).
+        image_format: as in training (`runs.Trained.image_format`); by default 8 bits, and 3, 1 or 4
+            channels, as the model takes them.
 
     Returns:
-        Float32 [H, W, C] in [0, 1].
+        Float32 [H, W, K] in [0, 1].
 
     Raises:
         DataError: the picture is not of the format.
+        ValueError: the model takes another number of channels.
     """
+    image_format = image_format or _format_for(model, variables)
     return predict_resized(model, variables, images.read(picture, image_format), size)
+
+
+def _format_for(model: Any, variables: Any) -> ImageFormat:
+    """Of 8 bits, with as many channels as the model takes."""
+    for channels in (3, 1, 4):
+        image = jax.ShapeDtypeStruct((1, model.stride, model.stride, channels), jnp.uint8)
+        try:
+            jax.eval_shape(_apply(model), variables, image)
+            return ImageFormat(channels, convert=True)
+        except ScopeParamShapeError:
+            continue
+    raise ValueError("the model takes neither 3, 1 nor 4 channels: give image_format")
 
 
 def predict_resized(

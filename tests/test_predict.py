@@ -6,7 +6,7 @@ import reference
 from PIL import Image
 
 from flax_unet import predict
-from flax_unet.images import ImageFormat
+from flax_unet.images import RGB, ImageFormat
 from flax_unet.model import UNet
 
 MODEL = UNet(features=(4, 8, 8), norm=2)
@@ -113,5 +113,10 @@ def test_pictures_of_the_models_channels_are_segmented_and_others_refused(channe
     expected = np.asarray(predict.predict_proba(MODEL, variables, small))[..., 0]
     expected = Image.fromarray(expected).resize((24, 20), Image.Resampling.BILINEAR)
     np.testing.assert_allclose(proba[..., 0], np.asarray(expected), atol=1e-6)
+    found = predict.predict_picture(MODEL, variables, picture, (16, 32))  # as the model takes them
+    np.testing.assert_array_equal(found, proba)
     with pytest.raises(ValueError, match="the image has 3 channels, and the model takes another"):
-        predict.predict_picture(MODEL, variables, picture, 16)
+        predict.predict_picture(MODEL, variables, picture, 16, RGB)
+    five = MODEL.init(jax.random.key(0), jnp.zeros((1, 16, 16, 5)))
+    with pytest.raises(ValueError, match="neither 3, 1 nor 4 channels: give image_format"):
+        predict.predict_picture(MODEL, five, picture, 16)
