@@ -262,12 +262,16 @@ def splits_of(
 
     Raises:
         DataError: the split file does not fit the names, a name has no group, only some names are
-            in folders of splits, or there are fewer than three groups.
+            in folders of splits, groups would not be used, or there are fewer than three.
     """
+    folders = {name: SPLIT_FOLDERS.get(name.split("/")[0].lower()) for name in names}
+    divided = any("/" in name and folders[name] for name in names)
+    if group is not None and (split_file is not None or divided):
+        by = split_file or "the folders of the pictures"
+        raise DataError(f"--group {group}: {by} already give the splits: leave one of them out")
     if split_file is not None:
         return _from_file(names, Path(split_file))
-    folders = {name: SPLIT_FOLDERS.get(name.split("/")[0].lower()) for name in names}
-    if any("/" in name and folders[name] for name in names):
+    if divided:
         if others := [name for name in names if folders[name] is None]:
             raise DataError(
                 f"{others[0]!r} is not in a folder of a split, and other pictures are: move it to "

@@ -79,13 +79,20 @@ def keep_compiled() -> None:
 
 
 _show_warning = warnings.showwarning
+OURS = tuple(str(Path(__file__).parent.parent / name) for name in ("flax_unet", "flax_unet_cli"))
 
 
-def _show_and_repair(message: Warning | str, *where: Any) -> None:
-    """Delete unreadable cache entries (left by a killed run): JAX never overwrites them."""
+def _show_and_repair(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Print our warnings in one line.
+
+    Delete unreadable cache entries (left by a killed run): JAX never overwrites them.
+    """
+    if category is UserWarning and str(where[0]).startswith(OURS):
+        print(f"warning: {message}", file=sys.stderr)
+        return
     words = "Error reading persistent compilation cache entry for '([^']+)'"
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if folder and (match := re.match(words, str(message))):
         for entry in Path(folder).glob(f"{glob.escape(match[1])}-*"):
             entry.unlink(missing_ok=True)
-    _show_warning(message, *where)
+    _show_warning(message, category, *where)

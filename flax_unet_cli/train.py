@@ -221,7 +221,12 @@ def summarise_data(sources: Sources, pictures: Pictures, mask_format: MaskFormat
     if doubles:
         shown = "; ".join(sorted(doubles)[:3])
         print(f"warning: {len(doubles)} pictures are the same in two splits: {shown}")
-    return {**content, "others": others, "same_in_two_splits": len(doubles)}
+    left_out = len(getattr(sources["train"], "left_out", ()))
+    return content | {
+        "others": others,
+        "files_left_out": left_out,
+        "same_in_two_splits": len(doubles),
+    }
 
 
 @contextlib.contextmanager

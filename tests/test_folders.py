@@ -117,6 +117,14 @@ def test_classes_of_separate_files_are_needed_and_only_for_them(tmp_path):
             FolderSource(tmp_path / "images", tmp_path / "masks", **options)
 
 
+def test_groups_that_would_not_be_used_are_refused(tmp_path):
+    (tmp_path / "splits.json").write_text('{"train": ["a", "b", "c"]}')
+    with pytest.raises(DataError, match="--group a: .*splits.json already give the splits"):
+        splits_of(["a", "b", "c"], split_file=tmp_path / "splits.json", group="a")
+    with pytest.raises(DataError, match="the folders of the pictures already give the splits"):
+        splits_of(["train/a", "val/b", "test/c"], group="a")
+
+
 def test_subfolders_are_part_of_the_name(tmp_path):
     for patient in ("p1", "p2"):
         write(tmp_path, f"images/{patient}/0.png", f"masks/{patient}/0.png")
