@@ -203,6 +203,8 @@ def _unpacked(value: int) -> tuple[int, int, int]:
 
 def _opaque(picture: Image.Image, name: str) -> Image.Image:
     """The picture without its alpha channel, which must be opaque."""
+    if picture.mode.startswith("I") and "transparency" in picture.info:
+        raise DataError(f"{name}: it has 16 bits and a transparent grey: save it without")
     if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
         if picture.convert("RGBA").getchannel("A").getextrema()[0] != 255:
             raise DataError(f"{name}: it has transparent pixels: save masks without transparency")

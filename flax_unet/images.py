@@ -46,6 +46,13 @@ class ImageFormat:
     convert: bool = False
     pages: bool = False
 
+    def __post_init__(self):
+        if len(self.low) not in (1, self.channels):
+            raise DataError(
+                f"there are {len(self.low)} ranges for {self.channels} channels: give LOW HIGH for "
+                "all of them, or a pair for each"
+            )
+
     def __str__(self) -> str:
         text = f"{self.channels} channel{'s' * (self.channels > 1)}"
         if self.percentiles is not None:
@@ -133,6 +140,8 @@ def _channels(picture: Content, image_format: ImageFormat, name: str) -> np.ndar
         values = _stack(picture, name)
     elif isinstance(picture, Image.Image):
         if _has_alpha(picture):
+            if _is_wide(picture):
+                raise DataError(f"{name}: it has 16 bits and a transparent grey: save it without")
             if wanted == 4:
                 return np.asarray(picture.convert("RGBA"))
             picture = _without_alpha(picture, image_format, name)
@@ -221,8 +230,8 @@ def find(
         percentiles: of each picture, in [0, 100], that become 0 and 1.
 
     Raises:
-        DataError: the declarations contradict each other, or the pictures do; the message names two
-            of them and the flags.
+        DataError: the declarations contradict each other or the pictures, or these one another; the
+            message names the flags, or two pictures.
     """
     if channels is not None and channels < 1:
         raise DataError(f"--channels {channels}: it must be positive")

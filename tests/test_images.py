@@ -1,6 +1,7 @@
 """Channels and the range of values of pictures."""
 
 import io
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 from drawn import encode, rgb
 from PIL import Image
 
-from flax_unet import images
+from flax_unet import formats, images
 from flax_unet.images import RGB, ImageFormat
-from flax_unet.pictures import DataError, open_content, resize_image
+from flax_unet.pictures import DataError, open_content, open_picture, resize_image
 
 GREY = ImageFormat(channels=1)
 
@@ -152,6 +153,13 @@ def test_percentiles_scale_each_picture_by_itself():
         np.testing.assert_allclose(image[..., 0], expected, atol=1e-5)
 
 
+def test_percentiles_are_those_of_each_channel():
+    array = np.stack([np.linspace(0, 1, 400), np.linspace(50, 90, 400)], -1).reshape(20, 20, 2)
+    found = images.find(source(npy(array)), percentiles=(0, 100))
+    image = read(npy(array), found)
+    assert (image.min((0, 1)) == 0).all() and (image.max((0, 1)) == 1).all()
+
+
 def test_pages_are_channels_if_that_is_declared():
     pages = [rgb(seed)[..., 0].astype(np.uint16) * 16 for seed in range(5)]
     with pytest.raises(DataError, match="p0: it has 5 pages: --channels 5 reads them as channels"):
@@ -180,6 +188,7 @@ WIDE = np.full((4, 4), 300, np.uint16)
         ((WIDE,), {"channels": 0}, "--channels 0: it must be positive"),
         ((WIDE,), {"value_range": (1,)}, "--value-range 1: give LOW HIGH"),
         ((WIDE,), {"value_range": (5, 5)}, "--value-range 5 5: give LOW HIGH"),
+        ((WIDE,), {"value_range": (0, 1, 0, 1)}, "there are 2 ranges for 1 channels"),
         ((WIDE,), {"percentiles": (99, 1)}, "--percentiles 99 1: use two such as 1 99"),
         ((WIDE,), {"percentiles": (1, 99), "value_range": (0, 1)}, "give only one of"),
     ],
@@ -198,6 +207,17 @@ def test_a_picture_that_contradicts_the_format_is_refused_with_the_flag():
     floats = images.find(source(np.eye(4, dtype=np.float32)))
     with pytest.raises(DataError, match="eye: it has values that are not finite"):
         read(encode(np.full((2, 2), np.nan, np.float32), "tiff"), floats)
+
+
+def test_wide_grey_with_a_transparent_value_is_refused():
+    png = bytearray(encode(WIDE))
+    chunk = b"tRNS" + (300).to_bytes(2, "big")
+    where = png.index(b"IDAT") - 4
+    png[where:where] = (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    with pytest.raises(DataError, match="eye: it has 16 bits and a transparent grey"):
+        read(bytes(png), ImageFormat(1, None))
+    with pytest.raises(DataError, match="mask: it has 16 bits and a transparent grey"):
+        formats.read(open_picture(bytes(png), "mask"), formats.MaskFormat(values=((300, 1),)))
 
 
 def test_a_format_survives_json():
