@@ -67,10 +67,11 @@ def run(options: Options) -> int:
     if (settings.dataset, settings.recipe) == ("kvasir_seg", "unet"):
         print(SLOW, flush=True)
     recorded = None
-    with contextlib.suppress(OSError, ValueError):  # a run keeps what it found out about its data
-        content = runs.read_config(workdir)
-        places = replace(places, split_by=content["places"]["split_by"])
-        recorded = images.from_json(content["images"])
+    if checkpoint.exists(workdir / "checkpoints"):  # a run keeps what it found out about its data
+        with contextlib.suppress(OSError, ValueError):
+            content = runs.read_config(workdir)
+            places = replace(places, split_by=content["places"]["split_by"])
+            recorded = images.from_json(content["images"])
     print(f"{settings.dataset}: opening the pictures; the first time takes a minute", flush=True)
     separate = options.masks.classes if places.mask_files == "class" else ()
     sources = open_sources(settings, places, separate)
