@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from drawn import encode, rgb
 
-from flax_unet import data
+from flax_unet import data, images
 from flax_unet.data import Arrays, FolderSource
-from flax_unet.formats import BINARY
+from flax_unet.formats import BINARY, MaskFormat
 from flax_unet.images import RGB
 from flax_unet.pictures import DataError
 
@@ -58,6 +58,26 @@ def test_the_cache_returns_the_same_arrays_and_depends_on_content_and_size(tmp_p
     again = data.load(source, 4, cache=tmp_path)
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_the_cache_depends_on_what_pictures_and_masks_mean(tmp_path):
+    source = [entry(rgb(i), np.eye(8, dtype=np.uint8), f"n{i}") for i in range(3)]
+    grey = images.find(source, channels=1)
+    flipped = MaskFormat(values=((0, 1), (1, 0)))
+    for formats in ((BINARY, RGB), (BINARY, grey), (flipped, RGB)):
+        cached = data.load(source, 8, *formats, cache=tmp_path)
+        fresh = data.load(source, 8, *formats)
+        np.testing.assert_array_equal(cached.image, fresh.image)
+        np.testing.assert_array_equal(cached.mask, fresh.mask)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_fingerprint_of_separate_masks_has_their_classes_and_bounds():
+    def fingerprint(*masks):
+        return data.fingerprint([{"name": "a", "image": b"x", "mask": masks}])
+
+    variants = [((1, b"ab"), (2, b"c")), ((1, b"a"), (2, b"bc")), ((2, b"ab"), (1, b"c"))]
+    assert len({fingerprint(*masks) for masks in variants}) == 3
 
 
 def test_a_truncated_cache_is_written_again(tmp_path):
