@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from drawn import encode, rgb
+from PIL import Image
 
 from flax_unet import data, images
 from flax_unet.data import Arrays, FolderSource
@@ -58,6 +59,26 @@ def test_the_cache_returns_the_same_arrays_and_depends_on_content_and_size(tmp_p
     again = data.load(source, 4, cache=tmp_path)
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "gif", "webp", "bmp", "npy"])
+def test_every_kind_of_file_is_an_image_and_a_mask(tmp_path, suffix):
+    y, x = np.mgrid[:32, :48]
+    disc = (y - 16) ** 2 + (x - 20) ** 2 < 90
+    grey = np.where(disc, 200, 40).astype(np.uint8)
+    for part, array in {"images": grey, "masks": disc * np.uint8(255)}.items():
+        (tmp_path / part).mkdir()
+        file = tmp_path / part / f"0.{suffix}"
+        if suffix == "npy":
+            np.save(file, array)
+        else:
+            options = {"webp": {"lossless": True}, "jpg": {"quality": 95}}
+            Image.fromarray(array).save(file, **options.get(suffix, {}))
+    arrays = data.load(FolderSource(tmp_path / "images", tmp_path / "masks"), (32, 48))
+    np.testing.assert_array_equal(arrays.mask[0, ..., 0], disc)
+    tolerance = 12 if suffix == "jpg" else 0
+    np.testing.assert_allclose(arrays.image[0, ..., 0].astype(int), grey, atol=tolerance)
+    assert len({*arrays.image[0, 16, 20].tolist()}) == 1  # grey, in however many channels
 
 
 def test_the_cache_depends_on_what_pictures_and_masks_mean(tmp_path):
