@@ -83,6 +83,11 @@ def decode_pair(
     Raises:
         DataError: one of them is unusable, or their sizes or EXIF orientations differ.
     """
+    if mask_format.separate == isinstance(example["mask"], bytes):
+        layout = "one mask file" if mask_format.separate else "separate mask files"
+        raise DataError(
+            f"{example['name']} has {layout}, and the format is another: see --mask-files"
+        )
     masks = formats.files_of(example)
     name = example.get("files", (f"image {example['name']}",))[0]
     picture = open_content(example["image"], name)
@@ -257,7 +262,7 @@ def batches(
         order: indices of the images, in order; by default all of them as they are.
 
     Yields:
-        `image` [B, H, W, C], `mask` uint8 [B, H, W, 1], `weight` float32 [B]. For arrays on a
+        `image` [B, H, W, C], `mask` uint8 as in `Arrays`, `weight` float32 [B]. For arrays on a
         device: the entire `image` and `mask`, the rows `index` int32 [B], and `weight`.
 
     Raises:

@@ -58,6 +58,9 @@ class FolderSource(Sequence):
         classes: the names of the classes of such files.
 
     Attributes:
+        mask_files: as given.
+        classes: their names.
+        without_files: those of which there is no file.
         left_out: files that are not used. A warning names some of them.
 
     Raises:
@@ -80,12 +83,22 @@ class FolderSource(Sequence):
         classes: Sequence[str] = (),
     ):
         if (mask_files == "class") != bool(classes):
-            raise DataError("--mask-files class needs --classes NAME..., without the background")
+            raise DataError(
+                "--mask-files class needs --classes NAME..., without the background, and other "
+                "--mask-files have none"
+            )
         self.left_out: list[Path] = []
-        self._mask_files, self._classes = mask_files, classes
+        self.mask_files, self.classes = mask_files, class_names(classes)
         image, mask = self._halves(Path(images), Path(masks), image_suffix, mask_suffix)
         if mask_files == "instance":
             image = _by_folder(image, mask)
+        there = {index for each in mask.values() for index, _ in each}
+        self.without_files = [c for i, c in enumerate(self.classes, 1) if i not in there]
+        if mask_files != "one" and (empty := sorted(image.keys() - mask.keys())):
+            raise DataError(
+                f"{empty[0]!r} has no mask files of --mask-files {mask_files} ({len(empty)} such "
+                "pictures in all): if nothing is there, give it one that is background everywhere"
+            )
         if unpaired := sorted(image.keys() ^ mask.keys()):
             raise DataError(
                 f"{unpaired[0]!r} is only in {images if unpaired[0] in image else masks} "
@@ -119,7 +132,7 @@ class FolderSource(Sequence):
             return image, self._masks(masks, self._list(masks), mask_suffix)
         files = self._list(images)
         suffixes = [mask_suffix] if mask_suffix else []
-        suffixes += [separator + name for name in self._classes for separator in SEPARATORS]
+        suffixes += [separator + name for name in self.classes for separator in SEPARATORS]
         ours = [file for file in files if file.stem.endswith(tuple(suffixes))]
         if ours:
             others = [file for file in files if file not in {*ours}]
@@ -168,16 +181,16 @@ class FolderSource(Sequence):
         found: dict[str, list[tuple[int, Path]]] = defaultdict(list)
         for name, file in self._names(folder, files, suffix, dropped).items():
             index = 1
-            if self._mask_files == "instance":
+            if self.mask_files == "instance":
                 name = name.rpartition("/")[0]
-            elif self._mask_files == "class":
-                name, index = _class_of(name, self._classes)
+            elif self.mask_files == "class":
+                name, index = _class_of(name, self.classes)
             if not name or not index:
                 self.left_out.append(file)
             else:
                 found[name].append((index, file))
         if twice := [each for each in found.values() if len({i for i, _ in each}) < len(each)]:
-            if self._mask_files == "class":
+            if self.mask_files == "class":
                 raise DataError(f"{twice[0][0][1]} and {twice[0][1][1]} are of one class: keep one")
         return found
 
@@ -190,7 +203,7 @@ class FolderSource(Sequence):
         return {
             "name": name,
             "image": image.read_bytes(),
-            "mask": parts[0][1] if self._mask_files == "one" else parts,
+            "mask": parts[0][1] if self.mask_files == "one" else parts,
             "files": [str(image), *(str(file) for _, file in masks)],
         }
 
@@ -201,10 +214,34 @@ def _class_of(name: str, classes: Sequence[str]) -> tuple[str, int]:
     for index, each in enumerate(classes, start=1):
         if each in folders:
             return "/".join([part for part in folders if part != each] + [last]), index
+    # The longest: "big_cell" before "cell".
+    for each in sorted(classes, key=len, reverse=True):
         for separator in SEPARATORS:
             if last.endswith(separator + each):
-                return name.removesuffix(separator + each), index
+                return name.removesuffix(separator + each), classes.index(each) + 1
     return name, 0
+
+
+def class_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of classes that have mask files of their own, or those in one text file.
+
+    Raises:
+        DataError: a name cannot be that of such a class, or is there twice.
+    """
+    if len(names) == 1 and Path(names[0]).suffix == ".txt":
+        try:
+            names = [
+                line.strip() for line in Path(names[0]).read_text().splitlines() if line.strip()
+            ]
+        except (OSError, ValueError) as error:
+            raise DataError(f"--classes {names[0]}: it cannot be read ({error})") from error
+    for name in names:
+        if name in ("", "background", "ignore") or "/" in name or list(names).count(name) > 1:
+            raise DataError(
+                f"--classes {' '.join(names)}: {name!r} is not the name of a class with mask files "
+                "of its own, or is there twice"
+            )
+    return tuple(names)
 
 
 def _by_folder(image: dict[str, Path], mask: dict[str, list[tuple[int, Path]]]) -> dict[str, Path]:

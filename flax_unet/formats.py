@@ -232,7 +232,10 @@ def _grey(picture: Image.Image, name: str) -> np.ndarray:
                 "with --classes FILE"
             )
         return rgb[..., 0]
-    return np.asarray(picture)
+    values = np.asarray(picture)
+    if picture.mode == "F" and not np.isfinite(values).all():
+        raise DataError(f"{name}: it has values that are not finite: replace them")
+    return values
 
 
 # Finding out
@@ -292,7 +295,9 @@ def find(
         DataError: the declarations contradict each other, or the format is not clear; the message
             names a file, its values and the flags.
     """
-    if sources and len(sources[0]) and not isinstance(sources[0][0]["mask"], bytes):
+    if any(len(source) and not isinstance(source[0]["mask"], bytes) for source in sources[:1]):
+        if overlapping and len(names) < 2:
+            raise DataError("--overlapping needs --mask-files class with at least two --classes")
         each = _find(*sources, names=(), foreground=foreground, ignore=ignore, threshold=threshold)
         listed = ("background", *names) if names else each.names
         return replace(each, names=listed, separate=True, overlapping=overlapping)

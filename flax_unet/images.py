@@ -29,9 +29,9 @@ class ImageFormat:
     Attributes:
         channels: of the images: 1 grey, 3 colours, 4 colours and alpha; or any number in arrays
             and TIFF pages.
-        kind: of the values; None if any will do. Values of 8 bits stay as they are.
+        kind: of the values; None if any will do.
         low, high: the values that become 0 and 1, others are clipped; one for all channels, or one
-            for each.
+            for each. 8 bits from 0 to 255 stay uint8.
         percentiles: if given, `low` and `high` are these percentiles of each picture's channel.
         convert: whether alpha is dropped, and colours become grey (ITU-R BT.601), if `channels`
             asks for it; otherwise such pictures are errors.
@@ -45,6 +45,12 @@ class ImageFormat:
     percentiles: tuple[float, float] | None = None
     convert: bool = False
     pages: bool = False
+
+    @property
+    def raw(self) -> bool:
+        """Whether values of 8 bits stay as they are."""
+        whole = (self.low, self.high) == ((0.0,), (255.0,))
+        return self.kind == "8 bits" and self.percentiles is None and whole
 
     def __post_init__(self):
         if len(self.low) not in (1, self.channels):
@@ -98,7 +104,7 @@ def read(
     if size is None:
         return _read(picture, image_format, name)
     if isinstance(picture, Image.Image) and picture.mode == "RGB" and not _has_alpha(picture):
-        if (image_format.channels, image_format.kind) == (3, "8 bits"):
+        if image_format.channels == 3 and image_format.raw:
             # Most pictures: Pillow resizes them without two copies of all pixels.
             return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
     return resize_image(_read(picture, image_format, name), size)
@@ -113,7 +119,7 @@ def _read(picture: Content, image_format: ImageFormat, name: str) -> np.ndarray:
             f"should have {image_format}: say which values are black and white with --value-range "
             "LOW HIGH, or use --percentiles"
         )
-    if image_format.kind == "8 bits":
+    if image_format.raw:
         return values
     if not np.isfinite(values).all():
         raise DataError(f"{name}: it has values that are not finite: replace them")
@@ -152,25 +158,29 @@ def _channels(picture: Content, image_format: ImageFormat, name: str) -> np.ndar
         values = np.asarray(picture)
         if values.ndim == 2:
             values = values[..., None]
-            values = values.repeat(3, axis=-1) if wanted == 3 else values
         elif wanted == 1 and (values[..., :1] == values[..., 1:]).all():
             values = values[..., :1]
         elif wanted == 1 and image_format.convert:
             values = np.asarray(picture.convert("L"))[..., None]
     else:
         values = picture
+    if wanted == 3 and values.shape[-1] == 1:
+        return values.repeat(3, axis=-1)
     if values.shape[-1] != wanted:
         raise DataError(
             f"{name}: it has {values.shape[-1]} channels, and the images should have {wanted}: "
-            "leave it out, or choose with --channels"
+            "convert it or leave it out, or train with other --channels"
         )
     return values
 
 
 def _stack(pages: list[Image.Image], name: str) -> np.ndarray:
     """The pages of a TIFF file as channels."""
+    pages = [page.convert("L") if page.mode == "1" else page for page in pages]
     arrays = [np.asarray(page) for page in pages]
-    if any(array.shape != arrays[0].shape or array.ndim != 2 for array in arrays):
+    if any(page.mode == "P" for page in pages) or any(
+        array.shape != arrays[0].shape or array.ndim != 2 for array in arrays
+    ):
         raise DataError(f"{name}: its pages have colours or several sizes: save them separately")
     return np.stack(arrays, axis=-1)
 
@@ -183,8 +193,8 @@ def _without_alpha(picture: Image.Image, image_format: ImageFormat, name: str) -
     rgba = picture.convert("RGBA")
     if not image_format.convert and rgba.getchannel("A").getextrema()[0] != 255:
         raise DataError(
-            f"{name}: it has transparent pixels: --channels 3 reads their colours (1 their grey), "
-            "--channels 4 keeps the alpha channel"
+            f"{name}: it has transparent pixels: save it without, or train with --channels 3, "
+            "which reads their colours (1 their grey), or --channels 4, which keeps the alpha"
         )
     # Pixel by pixel the stored colours: nothing is blended with a background.
     grey = picture.mode in ("L", "LA", "La")
@@ -235,6 +245,8 @@ def find(
     """
     if channels is not None and channels < 1:
         raise DataError(f"--channels {channels}: it must be positive")
+    if not len(source):
+        raise DataError("there are no training pictures: check the folder or the split")
     ends = declared_range(value_range, percentiles)
 
     def look(i: int) -> _Facts:
@@ -250,19 +262,36 @@ def find(
         return DataError(f"{field}: {a.name} has {values[0]} and {b.name} {values[1]}: {remedy}")
 
     counts, kinds, pages = ({getattr(x, f) for x in facts} for f in ("channels", "kind", "pages"))
-    if len(pages) > 1 or (channels is None and len(counts) > 1 and counts != {1, 3}):
+    if len(pages) > 1:
+        raise different("pages", "save pages as separate files, or as .npy")
+    if channels is None and len(counts) > 1 and counts != {1, 3}:
         raise different("channels", "choose with --channels, or leave some out")
-    common = {"channels": channels or max(counts), "convert": channels is not None}
-    common |= {"pages": pages.pop()}
-    if ends is not None:
-        low, high = ends
-        return ImageFormat(kind=None, low=low, high=high, percentiles=percentiles, **common)
-    if len(kinds) > 1:
-        raise different("kind", "give --value-range LOW HIGH, or --percentiles")
-    low, high = np.min([each.low for each in facts], 0), np.max([each.high for each in facts], 0)
-    return ImageFormat(
-        kind=kinds.pop(), low=tuple(low.tolist()), high=tuple(high.tolist()), **common
-    )
+    if len(kinds) > 1 and percentiles is None:
+        raise different("kind", "convert some, or scale each picture with --percentiles")
+    n, convert = channels or max(counts), channels is not None
+    kind = kinds.pop() if percentiles is None else None
+    if ends is None and kind == "8 bits":
+        ends = (0.0,), (255.0,)
+    low, high = ends or _measured(facts, n)
+    return ImageFormat(n, kind, low, high, percentiles, convert, pages.pop())
+
+
+def _measured(
+    facts: Sequence[_Facts], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The range of each channel over all pictures."""
+    for each in facts:
+        if len(each.low) not in (1, channels):
+            raise DataError(f"{each.name}: it has {each.channels} channels, and not {channels}")
+    low = np.min([np.broadcast_to(each.low, channels) for each in facts], 0)
+    high = np.max([np.broadcast_to(each.high, channels) for each in facts], 0)
+    if not (low < high).all():
+        i = int(np.argmin(low < high))
+        raise DataError(
+            f"channel {i} of all training pictures is {low[i]:g}: leave it out, or say which "
+            "values are black and white with --value-range LOW HIGH"
+        )
+    return tuple(low.tolist()), tuple(high.tolist())
 
 
 def declared_range(

@@ -48,8 +48,11 @@ def open_picture(data: bytes | Path, name: str) -> Image.Image:
     content = open_content(data, name)
     if isinstance(content, list):
         raise DataError(f"{name}: {len(content)} pages: save each one as a separate file")
-    if isinstance(content, np.ndarray):
+    if isinstance(content, np.ndarray) and content.shape[2] > 1:
         raise DataError(f"{name}: its shape is {content.shape}: it must be [H, W]")
+    if isinstance(content, np.ndarray):
+        content = Image.fromarray(content[..., 0].astype(np.float32))
+        content.info["orientation"] = 1
     return content
 
 
@@ -121,10 +124,12 @@ def _read_array(file: IO[bytes]) -> np.ndarray:
 
 
 def _from_array(array: np.ndarray) -> Image.Image | np.ndarray:
-    """An array as a picture, if it has one channel."""
+    """An array as a picture, if it has one channel, and Pillow a mode for its values."""
     if array.ndim == 3 and array.shape[2] > 1:
-        return array
+        return array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array
     array = array.reshape(array.shape[:2])
+    if array.dtype.kind == "f" and array.dtype.itemsize > 4:
+        return array[..., None]
     if array.dtype.kind == "f":
         picture = Image.fromarray(array.astype(np.float32))
     elif array.dtype in (np.bool_, np.uint8, np.uint16):

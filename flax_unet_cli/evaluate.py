@@ -14,9 +14,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from flax_unet import data, draw, metrics, predict, runs
+from flax_unet import data, draw, formats, images, metrics, predict, runs
 from flax_unet.evaluate import RATIOS, Scores, cost, report, score
-from flax_unet.formats import MaskFormat, find
+from flax_unet.folders import MaskFiles
+from flax_unet.formats import MaskFormat
 from flax_unet.pictures import DataError
 from flax_unet_cli import program
 from flax_unet_cli.sources import MaskFlags, RangeFlags, declared, open_sources, protocol, split_of
@@ -45,6 +46,8 @@ class Options:
     """End of the images' names that the masks' names lack."""
     mask_suffix: str = ""
     """End of the masks' names that the images' names lack."""
+    mask_files: MaskFiles | None = None
+    """One mask file for a picture, or one for each class or instance; as in training by default."""
     meaning: MaskFlags = MaskFlags()
     ranges: RangeFlags = RangeFlags()
     kvasir_zip: Path | None = None
@@ -60,6 +63,8 @@ def open_split(
 ) -> tuple[Sequence[dict[str, Any]], str, str]:
     """The pictures to score, the name of the report, and the protocol."""
     settings, places = trained.settings, trained.places
+    separate = trained.mask_format if places.mask_files == "class" else None
+    names = () if separate is None else separate.names[1:]
     if (options.images is None) != (options.masks is None):
         raise DataError("give both --images and --masks, or neither")
     if options.images is not None and options.masks is not None:
@@ -68,8 +73,8 @@ def open_split(
             options.masks,
             image_suffix=options.image_suffix,
             mask_suffix=options.mask_suffix,
-            mask_files=places.mask_files,
-            classes=separate_classes(trained),
+            mask_files=(mask_files := options.mask_files or places.mask_files),
+            classes=names if mask_files == "class" else (),
         )
         return source, f"folder-{options.images.parent.name}-{options.images.name}", "folder"
     if settings.dataset == "folder" and places.images is None:
@@ -78,16 +83,9 @@ def open_split(
             "all pictures of two folders with --images and --masks"
         )
     moved = {k: v for k in ("kvasir_zip", "data_dir") if (v := getattr(options, k)) is not None}
-    sources = open_sources(settings, replace(places, **moved), separate_classes(trained))
+    sources = open_sources(settings, replace(places, **moved), names)
     source = split_of(settings, sources, options.split)
     return source, options.split, protocol(settings) or settings.dataset
-
-
-def separate_classes(trained: runs.Trained) -> tuple[str, ...]:
-    """The classes that had mask files of their own in training."""
-    if trained.places.mask_files != "class" or trained.mask_format is None:
-        return ()
-    return trained.mask_format.names[1:]
 
 
 def format_of(
@@ -102,15 +100,27 @@ def format_of(
     if options.meaning != MaskFlags():
         if options.images is None:
             raise DataError("--classes, --foreground, --ignore and --mask-threshold need --images")
-        known = declared(options.meaning, source)
-    elif options.images is not None and trained.settings.dataset != "folder":
-        known = None  # files of another kind than the data set's own
-    found = known or find(source)
+        separate = getattr(source, "mask_files", "one") == "class"
+        overlapping = trained.model.overlapping and separate
+        known = declared(replace(options.meaning, overlapping=overlapping), source)
+    elif options.images is not None and (
+        trained.settings.dataset != "folder"
+        or options.mask_files not in (None, trained.places.mask_files)
+    ):
+        known = None  # files of another kind than in training
+    found = known or declared(MaskFlags(), source)
     model = trained.model
     if (found.channels, found.overlapping) != (model.num_classes, model.overlapping):
-        raise DataError(
-            f"the masks have {len(found.names)} classes, and the model {model.num_classes}"
-        )
+        kinds = [
+            f"{n} {'overlapping' if overlapping else 'exclusive'} classes"
+            if n > 1
+            else "one class against the background"
+            for n, overlapping in (
+                (found.channels, found.overlapping),
+                (model.num_classes, model.overlapping),
+            )
+        ]
+        raise DataError(f"the masks have {kinds[0]}, and the model {kinds[1]}")
     return found
 
 
@@ -174,6 +184,7 @@ def run(options: Options) -> None:
     model = predict.Mirrored(trained.model) if options.flips else trained.model
     n, batches = len(source), []
     mask_format = format_of(options, trained, source)
+    image_format = options.ranges.apply(trained.image_format)
     with tqdm(total=n, unit=" pictures", leave=False) as bar:
         for batch in score(
             model,
@@ -181,7 +192,7 @@ def run(options: Options) -> None:
             source,
             settings.size,
             mask_format,
-            options.ranges.apply(trained.image_format),
+            image_format,
             batch_size=settings.batch_size,
             loss_fn=trained.loss_fn,
             tolerance=TOLERANCE,
@@ -200,6 +211,8 @@ def run(options: Options) -> None:
         "step": trained.step,
         "flips": options.flips,
         "image_size": settings.image_size,
+        "images": images.to_json(image_format),
+        "masks": formats.to_json(mask_format),
         "fingerprint": fingerprint,
         "cost": cost(model, trained.variables, batches),
         "surface_dice_tolerance": TOLERANCE,
@@ -218,6 +231,7 @@ def run(options: Options) -> None:
 
     stem = f"evaluation-{what}" + ("" if trained.checkpoint == "best" else f"-{trained.checkpoint}")
     stem += "-flips" if options.flips else ""
+    stem += "-ranged" if image_format != trained.image_format else ""
     out = options.out or options.workdir
     out.mkdir(parents=True, exist_ok=True)
     runs.write_atomically(out / f"{stem}.json", json.dumps(content, indent=2) + "\n")

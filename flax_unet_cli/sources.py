@@ -22,7 +22,7 @@ def open_sources(settings: Settings, places: Places, classes: Sequence[str] = ()
 
     Args:
         settings, places: of the run.
-        classes: those that have mask files of their own (--mask-files class).
+        classes: --classes, of which those of --mask-files class have files of their own.
 
     Raises:
         ValueError: the data is unusable, or a flag is missing or belongs to another data set.
@@ -39,7 +39,7 @@ def open_sources(settings: Settings, places: Places, classes: Sequence[str] = ()
     if settings.dataset == "folder":
         if places.images is None or places.masks is None:
             raise DataError("--dataset folder needs --images DIR and --masks DIR")
-        return {
+        sources = {
             split: data.FolderSource(
                 places.images,
                 places.masks,
@@ -50,10 +50,13 @@ def open_sources(settings: Settings, places: Places, classes: Sequence[str] = ()
                 group=places.group,
                 split_by=places.split_by,
                 mask_files=places.mask_files,
-                classes=classes,
+                classes=classes if places.mask_files != "one" else (),
             )
             for split in data.SPLITS
         }
+        if missing := sources["train"].without_files:
+            raise DataError(f"no mask file in {places.masks} is of class {missing[0]!r}")
+        return dict(sources)
     if settings.dataset.startswith(TFDS):
         return _open_tfds(settings.dataset.removeprefix(TFDS), places)
     import tfds_kvasir  # imports TFDS, which a folder does not need
@@ -135,13 +138,13 @@ class ImageFlags(RangeFlags):
     pages. By default 1 if all pictures are grey, else 3."""
 
 
-def image_format_of(sources: Sources, flags: ImageFlags) -> ImageFormat:
+def image_format_of(settings: Settings, sources: Sources, flags: ImageFlags) -> ImageFormat:
     """Channels and range of the images, from the flags or from the training split.
 
     Raises:
         DataError: the pictures do not agree, or the flags contradict each other.
     """
-    return images.find(sources["train"], **vars(flags))
+    return images.find(split_of(settings, sources, "train"), **vars(flags))
 
 
 def mask_format_of(settings: Settings, sources: Sources, flags: MaskFlags) -> MaskFormat:
@@ -162,9 +165,10 @@ def mask_format_of(settings: Settings, sources: Sources, flags: MaskFlags) -> Ma
 
 def declared(flags: MaskFlags, *sources: Sequence[dict[str, Any]]) -> MaskFormat:
     """The format that the flags declare, or that is found in the masks of the sources."""
+    separate = getattr(sources[0], "mask_files", "one") != "one"
     return find(
         *sources,
-        names=flags.classes,
+        names=sources[0].classes if separate else flags.classes,  # type: ignore[attr-defined]
         foreground=flags.foreground,
         ignore=flags.ignore,
         threshold=flags.mask_threshold,

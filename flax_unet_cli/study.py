@@ -36,11 +36,11 @@ def open_study(options: Options, *recipes: str, unused: tuple[str, ...]) -> dict
         recipe = runs.recipe_of(settings_for(options, name))
         if recipe.imagenet and recipe.model.encoder is not None:
             imagenet(recipe.model.encoder.variant)
-    sources = open_sources(options.settings, options.places)
+    sources = open_sources(options.settings, options.places, options.masks.classes)
     mask_format = mask_format_of(options.settings, sources, options.masks)
     if mask_format.channels > 1:
         raise ValueError("this program compares networks for one class: --classes has more")
-    image_format = image_format_of(sources, options.channels)
+    image_format = image_format_of(options.settings, sources, options.channels)
     return {
         split: load_split(options.settings, sources, split, mask_format, image_format)
         for split in ("train", "validation")

@@ -73,10 +73,9 @@ def run(options: Options) -> int:
             places = replace(places, split_by=content["places"]["split_by"])
             recorded = images.from_json(content["images"])
     print(f"{settings.dataset}: opening the pictures; the first time takes a minute", flush=True)
-    separate = options.masks.classes if places.mask_files == "class" else ()
-    sources = open_sources(settings, places, separate)
+    sources = open_sources(settings, places, options.masks.classes)
     known = options.channels == ImageFlags() and recorded
-    image_format = known or image_format_of(sources, options.channels)
+    image_format = known or image_format_of(settings, sources, options.channels)
     mask_format = mask_format_of(settings, sources, options.masks)
     print(f"images: {image_format}\nmasks: {mask_format}", flush=True)
     recipe = runs.recipe_of(settings, mask_format, image_format)

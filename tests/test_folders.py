@@ -110,9 +110,42 @@ def test_mask_files_of_objects_are_found_in_the_pictures_folder(tmp_path, image,
     assert found == {name: [(1, f"o{i}.png") for i in range(3)] for name in ("a", "b")}
 
 
+def test_a_class_whose_name_ends_with_another_is_found_in_any_order(tmp_path):
+    write(tmp_path, "images/p.png", "masks/p_cell.png", "masks/p_big_cell.png")
+    write(tmp_path, "images/q_cell.png", "masks/big_cell/q_cell.png")
+    for classes in (("cell", "big_cell"), ("big_cell", "cell")):
+        options = {"mask_files": "class", "classes": classes}
+        found = masks_of(FolderSource(tmp_path / "images", tmp_path / "masks", **options))
+        named = {name: {classes[i - 1] for i, _ in files} for name, files in found.items()}
+        assert named == {"p": {"cell", "big_cell"}, "q_cell": {"big_cell"}}
+
+
+@pytest.mark.parametrize(
+    "classes", [["background", "a"], ["a", "ignore"], ["a", "a"], ["a", "b/c"]]
+)
+def test_names_that_no_class_with_files_can_have_are_refused(tmp_path, classes):
+    write(tmp_path, "images/p.png", "masks/p_a.png")
+    with pytest.raises(DataError, match="is not the name of a class with mask files of its own"):
+        FolderSource(tmp_path / "images", tmp_path / "masks", mask_files="class", classes=classes)
+
+
+def test_classes_of_separate_files_may_be_in_a_text_file_and_may_lack_files(tmp_path):
+    write(tmp_path, "images/p.png", "masks/p_a.png")
+    (tmp_path / "names.txt").write_text("a\n\nb\n")
+    options = {"mask_files": "class", "classes": [str(tmp_path / "names.txt")]}
+    source = FolderSource(tmp_path / "images", tmp_path / "masks", **options)
+    assert (source.classes, source.without_files) == (("a", "b"), ["b"])
+
+
+def test_a_picture_without_mask_files_is_named(tmp_path):
+    write(tmp_path, "images/p.png", "images/q.png", "masks/p/0.png")
+    with pytest.raises(DataError, match="'q' has no mask files of --mask-files instance .1 such"):
+        FolderSource(tmp_path / "images", tmp_path / "masks", mask_files="instance")
+
+
 def test_classes_of_separate_files_are_needed_and_only_for_them(tmp_path):
     write(tmp_path, "images/a.png", "masks/a.png")
-    for options in ({"mask_files": "class"}, {"classes": ("a",)}):
+    for options in ({"mask_files": "class"}, {"mask_files": "instance", "classes": ("a",)}):
         with pytest.raises(DataError, match="--mask-files class needs --classes NAME"):
             FolderSource(tmp_path / "images", tmp_path / "masks", **options)
 

@@ -331,6 +331,15 @@ def test_pixels_of_separate_files_that_do_not_count():
     np.testing.assert_array_equal(mask[0], [[IGNORE, 0]] * 3 + [[IGNORE, 1]] * 3)
 
 
+def test_masks_of_another_layout_than_the_format_are_refused():
+    one, several = source(np.eye(4, 6, dtype=np.uint8))[0], separate((1, LEFT))
+    one["image"] = several["image"]
+    with pytest.raises(DataError, match="m0 has one mask file, and the format is another"):
+        data.decode_pair(one, formats.find([several]), RGB)
+    with pytest.raises(DataError, match="p has separate mask files, and the format is another"):
+        data.decode_pair(several, BINARY, RGB)
+
+
 def test_separate_files_of_other_sizes_or_values_are_named():
     entries = [separate((1, LEFT), (2, RIGHT[:3]))]
     with pytest.raises(DataError, match="image p is 6x4 but mask p is 6x3"):
@@ -340,3 +349,12 @@ def test_separate_files_of_other_sizes_or_values_are_named():
         formats.find(entries, names=("a", "b"))
     with pytest.raises(DataError, match="--overlapping needs --mask-files class"):
         formats.find(source(np.eye(4, dtype=np.uint8)), overlapping=True)
+    with pytest.raises(DataError, match="--overlapping needs .* at least two --classes"):
+        formats.find([separate((1, LEFT))], names=("a",), overlapping=True)
+
+
+@pytest.mark.parametrize("declared", [{"threshold": 0.5}, {"foreground": (1,)}])
+def test_a_mask_that_is_not_finite_is_refused(declared):
+    mask = Image.fromarray(np.array([[0, 1], [np.nan, 1]], np.float32))
+    with pytest.raises(DataError, match="m: it has values that are not finite"):
+        formats.read(mask, formats.find([], **declared), "m")

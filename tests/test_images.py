@@ -86,7 +86,9 @@ def test_alpha_is_a_choice(mode):
         file = encode(picture.convert(mode))
     found = images.find(source(file))
     assert found.channels == (1 if mode == "LA" else 3)
-    with pytest.raises(DataError, match="eye: it has transparent pixels: --channels 3 reads"):
+    with pytest.raises(
+        DataError, match="eye: it has transparent pixels: .*train with --channels 3, which reads"
+    ):
         read(file, found)
     dropped = read(file, images.find(source(file), channels=3))
     expected = np.asarray(open_content(file, "x").convert("RGBA"))
@@ -120,24 +122,27 @@ def test_the_range_of_more_than_8_bits_is_measured_once_over_all_pictures(dtype)
 
 def test_the_range_of_each_channel_is_its_own():
     rng = np.random.default_rng(0)
-    low, high = np.array([0, -50, 1000.0, 5, 5]), np.array([1, 50, 3000.0, 6, 5])
-    array = rng.uniform(low, np.nextafter(high, np.inf), (70, 80, 5)).astype(np.float32)
+    low, high = np.array([0, -50, 1000.0, 5, 5]), np.array([1, 50, 3000.0, 6, 5.5])
+    array = rng.uniform(low, high, (70, 80, 5)).astype(np.float32)
     found = images.find(source(npy(array)))
     np.testing.assert_allclose(found.low, np.percentile(array, 0.1, axis=(0, 1)), rtol=1e-6)
     np.testing.assert_allclose(found.high, np.percentile(array, 99.9, axis=(0, 1)), rtol=1e-6)
     image = read(npy(array), found)
     assert image.shape == (70, 80, 5)
-    np.testing.assert_allclose(image.mean((0, 1))[:4], 0.5, atol=0.02)
-    assert image[..., 4].max() == 0  # a constant channel
+    np.testing.assert_allclose(image.mean((0, 1)), 0.5, atol=0.02)
+    array[..., 4] = 7
+    with pytest.raises(DataError, match="channel 4 of all training pictures is 7: .*--value-range"):
+        images.find(source(npy(array)))
 
 
-def test_a_declared_range_is_used_for_every_kind():
+def test_a_declared_range_is_used_for_its_kind_of_values_alone():
     grey = np.array([[0, 2000, 4095, 5000]], np.uint16)
     declared = images.find(source(grey), value_range=(0, 4095))
     np.testing.assert_allclose(read(encode(grey), declared)[0, :, 0], [0, 2000 / 4095, 1, 1])
-    np.testing.assert_allclose(
-        read(encode(np.array([[255]], np.uint8)), declared)[0, 0], 255 / 4095
-    )
+    with pytest.raises(DataError, match="eye: its values are 8 bits"):  # would be nearly black
+        read(encode(np.array([[255]], np.uint8)), declared)
+    bytes_declared = images.find(source(grey.astype(np.uint8)), value_range=(0, 51))
+    np.testing.assert_allclose(read(encode(np.array([[17]], np.uint8)), bytes_declared), 1 / 3)
     pairs = images.find(source(npy(np.zeros((2, 2, 2)))), value_range=(0, 1, 10, 20))
     np.testing.assert_allclose(read(npy(np.full((1, 1, 2), 0.5)), pairs)[0, 0], [0.5, 0])
 
@@ -175,15 +180,23 @@ def test_pages_are_channels_if_that_is_declared():
 
 
 WIDE = np.full((4, 4), 300, np.uint16)
+STACK = np.arange(48, dtype=np.uint16).reshape(4, 4, 3)
 
 
 @pytest.mark.parametrize(
     ("files", "flags", "words"),
     [
         ((WIDE, WIDE.astype(np.float32)), {}, "kind: .*p0 has integers and .*p1 floats"),
-        ((WIDE, WIDE.astype(np.uint8)), {}, "p0 has integers and .*p1 8 bits: give --value-range"),
+        (
+            (WIDE, WIDE.astype(np.uint8)),
+            {},
+            "p0 has integers and .*p1 8 bits: convert some, or .*--percent",
+        ),
         ((npy(np.zeros((4, 4, 5))), WIDE), {}, "channels: .*p0 has 5 and .*p1 1"),
-        ((tiff(WIDE, WIDE), WIDE), {"channels": 2}, "channels: .*p0 has 2 and .*p1 1"),
+        ((tiff(WIDE, WIDE), WIDE), {"channels": 2}, "pages: .*p0 has True and .*p1 False"),
+        ((tiff(WIDE, WIDE, WIDE), rgb()), {"channels": 3}, "pages: .*p0 has True and .*p1 False"),
+        ((npy(STACK),), {"channels": 1}, "p0: it has 3 channels, and not 1"),
+        ((), {}, "there are no training pictures"),
         ((np.full((4, 4), np.inf, np.float32),), {}, "p0: it has values that are not finite"),
         ((WIDE,), {"channels": 0}, "--channels 0: it must be positive"),
         ((WIDE,), {"value_range": (1,)}, "--value-range 1: give LOW HIGH"),
@@ -218,6 +231,36 @@ def test_wide_grey_with_a_transparent_value_is_refused():
         read(bytes(png), ImageFormat(1, None))
     with pytest.raises(DataError, match="mask: it has 16 bits and a transparent grey"):
         formats.read(open_picture(bytes(png), "mask"), formats.MaskFormat(values=((300, 1),)))
+
+
+def test_wide_grey_and_wide_colours_together_have_three_ranges():
+    found = images.find(source(npy(STACK), WIDE))
+    assert found.channels == 3 and len(found.low) == len(found.high) == 3
+    assert min(found.high) == 300
+    np.testing.assert_allclose(read(encode(WIDE), found), np.ones((4, 4, 3)), rtol=1e-6)
+
+
+def test_doubles_keep_their_precision_until_they_are_scaled():
+    fine = 1e6 + np.arange(64).reshape(8, 8) * 1e-5
+    found = images.find(source(npy(fine)), value_range=(1e6, 1e6 + 64e-5))
+    assert found.channels == 1
+    np.testing.assert_allclose(
+        read(npy(fine), found)[..., 0], np.arange(64).reshape(8, 8) / 64, atol=1e-4
+    )
+    assert read(npy(fine), replace(found, channels=3, convert=True)).shape == (8, 8, 3)
+
+
+def test_an_array_of_bits_is_black_and_white():
+    bits = np.array([[[True, False, True]]])
+    np.testing.assert_array_equal(read(npy(bits)), [[[255, 0, 255]]])
+    np.testing.assert_array_equal(read(npy(bits[..., 0])), [[[255, 255, 255]]])
+
+
+def test_pages_with_a_palette_are_refused():
+    page = Image.fromarray(rgb()).quantize(8)
+    several = encode(page, "tiff", save_all=True, append_images=[page])
+    with pytest.raises(DataError, match="its pages have colours or several sizes"):
+        images.find(source(several), channels=2)
 
 
 def test_a_format_survives_json():

@@ -121,6 +121,7 @@ def npy(array):
         (np.array([[0, 7], [65535, 3]], np.uint16), "I;16"),
         (np.array([[-5, 7], [2**31 - 1, 3]], np.int64), "I"),
         (np.array([[0.5, -7], [1e6, 3]], np.float64), "F"),
+        (np.array([[0.5, -7], [1e6, 3]], np.float32), "F"),
         (np.array([[True, False], [False, False]]), "1"),
     ],
 )

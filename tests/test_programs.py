@@ -1203,7 +1203,27 @@ def test_overlapping_classes_from_separate_files_to_report_and_masks(tmp_path, c
 
     # Other pictures of the same layout.
     flags = ["--workdir", workdir, "--images", root / "images", "--masks", root / "masks"]
-    assert evaluate.main([*map(str, flags), "--out", str(out)]) == 0
+    for more in ([], ["--foreground", "255"]):  # what the values mean may be declared again
+        assert evaluate.main([*map(str, flags), "--out", str(out), *more]) == 0
+    report = json.loads((out / f"evaluation-folder-{root.name}-images.json").read_text())
+    assert report["masks"]["separate"] and report["images"]["channels"] == 3
+    one = ["--mask-files", "one", "--masks", str(root / "masks/disc")]
+    assert evaluate.main([*map(str, flags[:4]), "--out", str(out), *one]) == 1
+    words = "the masks have one class against the background, and the model 2 overlapping classes"
+    assert words in capsys.readouterr().err
+
+
+def test_a_class_without_a_mask_file_is_refused(folders, tmp_path, capsys):
+    for part in ("images", "masks"):
+        shutil.copytree(
+            folders / part, tmp_path / part if part == "images" else tmp_path / "masks/disc"
+        )
+    flags = arguments(tmp_path, tmp_path / "run", mask_files="class")
+    assert train.main([*flags, "--classes", "disc", "sqare", "--dry-run"]) == 1
+    assert "is of class 'sqare'" in capsys.readouterr().err
+    assert train.main([*flags, "--classes", "disc", "--dry-run"]) == 0
+    assert train.main([*flags, "--classes", "disc", "--overlapping", "--dry-run"]) == 1
+    assert "at least two --classes" in capsys.readouterr().err
 
 
 def test_a_run_with_other_classes_is_refused(discs_and_squares, tmp_path, capsys):
@@ -1232,7 +1252,8 @@ def test_evaluation_of_masks_with_other_values_needs_a_flag(folders, short, tmp_
     same = json.loads(file.read_text())
     assert report["own_size"] == same["own_size"] and report["dice_pooled"] == same["dice_pooled"]
     assert evaluate.main([*flags, "--classes", "a", "b", "c", "d", "e", "f", "g", "h"]) == 1
-    assert "the masks have 8 classes, and the model 1" in capsys.readouterr().err
+    words = "the masks have 8 exclusive classes, and the model one class against the background"
+    assert words in capsys.readouterr().err
     assert evaluate.main(["--workdir", str(short), "--foreground", "7"]) == 1
     assert "need --images" in capsys.readouterr().err
 
