@@ -424,7 +424,7 @@ def test_a_module_without_training_arguments_is_trained():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_train_and_weight_go_only_to_modules_that_accept_them(accumulate):
+def test_train_weight_and_step_go_only_to_modules_that_accept_them(accumulate):
     calls = []
 
     class Both(nn.Module):
@@ -450,7 +450,7 @@ def test_train_and_weight_go_only_to_modules_that_accept_them(accumulate):
         for model, expected in [
             (Both(), {"train": True, "weight": shape}),
             (WeightOnly(), {"weight": shape}),
-            (Keywords(), {"train": True, "weight": shape}),
+            (Keywords(), {"train": True, "weight": shape, "step": ()}),
         ]:
             train_briefly(model, 1, accumulate=accumulate)
             assert calls[-1] == expected
