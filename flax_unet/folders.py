@@ -39,8 +39,8 @@ class FolderSource(Sequence):
 
     With `mask_files` a picture has several masks, and may lack some:
 
-    - `class`: a file for each of `classes`, in a subfolder of that name, or with that name at the
-      end of its own after one of `SEPARATORS`;
+    - `class`: a file for each of `classes`, in a subfolder CLASS, or named NAME_CLASS (with any of
+      `SEPARATORS`);
     - `instance`: any number of files, one for each object, in a subfolder with the picture's name;
       or beside it, as in ID/images/ID.png, ID/masks/*.png.
 
@@ -54,7 +54,7 @@ class FolderSource(Sequence):
             group, are in the same split.
         split_by: `share`, as above; or `name`: each name's hash alone chooses the split, so that
             adding pictures never moves one to another split, and the shares are about 80, 10, 10 %.
-        mask_files: `one` for a picture, or one for each `class` or `instance`, see above.
+        mask_files: whether a picture has one mask file, or one for each class or object.
         classes: the names of the classes of such files.
 
     Attributes:
@@ -135,7 +135,7 @@ class FolderSource(Sequence):
         suffixes += [separator + name for name in self.classes for separator in SEPARATORS]
         ours = [file for file in files if file.stem.endswith(tuple(suffixes))]
         if ours:
-            others = [file for file in files if file not in {*ours}]
+            others = sorted({*files} - {*ours})
             image = self._names(images, others, image_suffix)
             return image, self._masks(images, ours, mask_suffix)
         halves: dict[tuple[str, ...], list[Path]] = {IMAGE_FOLDERS: [], MASK_FOLDERS: []}
@@ -238,8 +238,8 @@ def class_names(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name in ("", "background", "ignore") or "/" in name or list(names).count(name) > 1:
             raise DataError(
-                f"--classes {' '.join(names)}: {name!r} is not the name of a class with mask files "
-                "of its own, or is there twice"
+                f"--classes {' '.join(names)}: {name!r} cannot be a class with its own mask files, "
+                "or is given twice"
             )
     return tuple(names)
 

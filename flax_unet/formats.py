@@ -20,7 +20,7 @@ from scipy import ndimage
 
 from flax_unet.classes import IGNORE
 from flax_unet.parallel import map_all
-from flax_unet.pictures import DataError, open_picture
+from flax_unet.pictures import DataError, has_alpha, open_picture
 
 #: A grey value or the index of a palette, or a colour (red, green, blue).
 Value = int | tuple[int, int, int]
@@ -205,7 +205,7 @@ def _opaque(picture: Image.Image, name: str) -> Image.Image:
     """The picture without its alpha channel, which must be opaque."""
     if picture.mode.startswith("I") and "transparency" in picture.info:
         raise DataError(f"{name}: it has 16 bits and a transparent grey: save it without")
-    if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
+    if has_alpha(picture):
         if picture.convert("RGBA").getchannel("A").getextrema()[0] != 255:
             raise DataError(f"{name}: it has transparent pixels: save masks without transparency")
         if picture.mode in ("LA", "PA", "RGBA"):
@@ -295,7 +295,8 @@ def find(
         DataError: the declarations contradict each other, or the format is not clear; the message
             names a file, its values and the flags.
     """
-    if any(len(source) and not isinstance(source[0]["mask"], bytes) for source in sources[:1]):
+    first = sources[0] if sources else []
+    if len(first) and not isinstance(first[0]["mask"], bytes):
         if overlapping and len(names) < 2:
             raise DataError("--overlapping needs --mask-files class with at least two --classes")
         each = _find(*sources, names=(), foreground=foreground, ignore=ignore, threshold=threshold)

@@ -13,11 +13,9 @@ import numpy as np
 from PIL import Image
 
 from flax_unet.parallel import map_all
-from flax_unet.pictures import Content, DataError, open_content, resize_image
+from flax_unet.pictures import Content, DataError, has_alpha, open_content, resize_image
 
 Kind = Literal["8 bits", "integers", "floats"]
-#: Modes of Pillow with an alpha channel.
-ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 #: Percentiles of each picture between which the range of a data set is measured.
 MEASURED = 0.1, 99.9
 
@@ -103,7 +101,7 @@ def read(
     """
     if size is None:
         return _read(picture, image_format, name)
-    if isinstance(picture, Image.Image) and picture.mode == "RGB" and not _has_alpha(picture):
+    if isinstance(picture, Image.Image) and picture.mode == "RGB" and not has_alpha(picture):
         if image_format.channels == 3 and image_format.raw:
             # Most pictures: Pillow resizes them without two copies of all pixels.
             return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
@@ -145,7 +143,7 @@ def _channels(picture: Content, image_format: ImageFormat, name: str) -> np.ndar
             raise DataError(f"{name}: {len(picture)} pages: save each one as a separate file")
         values = _stack(picture, name)
     elif isinstance(picture, Image.Image):
-        if _has_alpha(picture):
+        if has_alpha(picture):
             if _is_wide(picture):
                 raise DataError(f"{name}: it has 16 bits and a transparent grey: save it without")
             if wanted == 4:
@@ -183,10 +181,6 @@ def _stack(pages: list[Image.Image], name: str) -> np.ndarray:
     ):
         raise DataError(f"{name}: its pages have colours or several sizes: save them separately")
     return np.stack(arrays, axis=-1)
-
-
-def _has_alpha(picture: Image.Image) -> bool:
-    return picture.mode in ALPHA or "transparency" in picture.info
 
 
 def _without_alpha(picture: Image.Image, image_format: ImageFormat, name: str) -> Image.Image:
@@ -297,6 +291,11 @@ def _measured(
 def declared_range(
     value_range: Sequence[float], percentiles: tuple[float, float] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """`low` and `high` of a format from the flags, see `find`; None if neither is given.
+
+    Raises:
+        DataError: both are given, or one is out of range.
+    """
     if value_range and percentiles is not None:
         raise DataError("give only one of --value-range and --percentiles")
     if percentiles is not None:

@@ -93,6 +93,11 @@ def open_content(data: bytes | Path, name: str, *, decode: bool = True) -> Conte
         raise DataError(f"{name}: not a readable picture ({reason})") from error
 
 
+def has_alpha(picture: Image.Image) -> bool:
+    """Whether pixels may be transparent."""
+    return picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
+
+
 def size_of(content: Content) -> tuple[int, int]:
     """Width and height."""
     if isinstance(content, np.ndarray):
@@ -124,7 +129,7 @@ def _read_array(file: IO[bytes]) -> np.ndarray:
 
 
 def _from_array(array: np.ndarray) -> Image.Image | np.ndarray:
-    """An array as a picture, if it has one channel, and Pillow a mode for its values."""
+    """An array of one channel as a picture, if Pillow can hold its values."""
     if array.ndim == 3 and array.shape[2] > 1:
         return array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array
     array = array.reshape(array.shape[:2])

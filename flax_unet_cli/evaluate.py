@@ -111,17 +111,16 @@ def format_of(
     found = known or declared(MaskFlags(), source)
     model = trained.model
     if (found.channels, found.overlapping) != (model.num_classes, model.overlapping):
-        kinds = [
-            f"{n} {'overlapping' if overlapping else 'exclusive'} classes"
-            if n > 1
-            else "one class against the background"
-            for n, overlapping in (
-                (found.channels, found.overlapping),
-                (model.num_classes, model.overlapping),
-            )
-        ]
-        raise DataError(f"the masks have {kinds[0]}, and the model {kinds[1]}")
+        ours = _classes(found.channels, found.overlapping)
+        theirs = _classes(model.num_classes, model.overlapping)
+        raise DataError(f"the masks have {ours}, and the model {theirs}")
     return found
+
+
+def _classes(n: int, overlapping: bool) -> str:
+    if n == 1:
+        return "one class against the background"
+    return f"{n} {'overlapping' if overlapping else 'exclusive'} classes"
 
 
 def show(content: dict[str, Any]) -> None:

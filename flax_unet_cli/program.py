@@ -79,7 +79,7 @@ def keep_compiled() -> None:
 
 
 _show_warning = warnings.showwarning
-OURS = tuple(str(Path(__file__).parent.parent / name) for name in ("flax_unet", "flax_unet_cli"))
+OURS = str(Path(__file__).parent.parent / "flax_unet")  # and flax_unet_cli
 
 
 def _show_and_repair(message: Warning | str, category: type[Warning], *where: Any) -> None:

@@ -125,7 +125,7 @@ def test_a_class_whose_name_ends_with_another_is_found_in_any_order(tmp_path):
 )
 def test_names_that_no_class_with_files_can_have_are_refused(tmp_path, classes):
     write(tmp_path, "images/p.png", "masks/p_a.png")
-    with pytest.raises(DataError, match="is not the name of a class with mask files of its own"):
+    with pytest.raises(DataError, match="cannot be a class with its own mask files"):
         FolderSource(tmp_path / "images", tmp_path / "masks", mask_files="class", classes=classes)
 
 
