@@ -18,12 +18,18 @@ from flax_unet.pictures import Content
 
 @dataclass(frozen=True)
 class Mirrored:
-    """Test-time augmentation: averages the logits over the 4 flips of the image, at 4x the work.
+    """Test-time augmentation: averages the logits over flips of the image.
 
     Use it in place of the model that it wraps, with the same variables.
+
+    Attributes:
+        model: the network.
+        upright: whether the images have a top, so that the network has seen none upside down. It
+            takes 2 flips, left to right, and otherwise 4: so many times the work.
     """
 
     model: Any
+    upright: bool = False
 
     @property
     def stride(self) -> int:
@@ -36,9 +42,10 @@ class Mirrored:
     def apply(self, variables: Any, image: jax.Array) -> jax.Array:
         """Logits of an image [B, H, W, C]."""
         inference = accepted(self.model, train=False)
+        flips = ((), (2,)) if self.upright else ((), (1,), (2,), (1, 2))
         views = [
             jnp.flip(self.model.apply(variables, jnp.flip(image, axes), **inference), axes)
-            for axes in ((), (1,), (2,), (1, 2))
+            for axes in flips
         ]
         return jnp.stack(views).mean(0)
 

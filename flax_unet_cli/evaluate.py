@@ -55,7 +55,8 @@ class Options:
     data_dir: Path | None = None
     """Where TFDS stores prepared data sets, if they were moved."""
     flips: bool = False
-    """Average the prediction over the 4 flips of each image, at 4 times the work."""
+    """Average the prediction over the 4 flips of each image, at 4 times the work; over the 2 flips
+    left to right for a model trained with --upright."""
 
 
 def open_split(
@@ -180,7 +181,8 @@ def run(options: Options) -> None:
     trained = runs.load_model(options.workdir, which)
     settings = trained.settings
     source, what, protocol = open_split(options, trained)
-    model = predict.Mirrored(trained.model) if options.flips else trained.model
+    upright = settings.upright
+    model = predict.Mirrored(trained.model, upright) if options.flips else trained.model
     n, batches = len(source), []
     mask_format = format_of(options, trained, source)
     image_format = options.ranges.apply(trained.image_format)

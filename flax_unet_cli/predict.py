@@ -40,7 +40,8 @@ class Options:
     """Probability above which a pixel is in the mask (of one class)."""
     ranges: RangeFlags = RangeFlags()
     flips: bool = False
-    """Average the prediction over the 4 flips of each image, at 4 times the work."""
+    """Average the prediction over the 4 flips of each image, at 4 times the work; over the 2 flips
+    left to right for a model trained with --upright."""
 
 
 def plan(
@@ -77,7 +78,8 @@ def run(options: Options) -> int:
         raise ValueError(f"threshold is {options.threshold}: it must be in [0, 1)")
     results = plan(options.inputs, options.out)
     trained = runs.load_model(options.workdir, options.checkpoint)
-    model = predict.Mirrored(trained.model) if options.flips else trained.model
+    upright = trained.settings.upright
+    model = predict.Mirrored(trained.model, upright) if options.flips else trained.model
     overlapping, mask_format = trained.model.overlapping, trained.mask_format or BINARY
     if overlapping:
         masks = [f"mask-{name}" for name in mask_format.learned]

@@ -111,7 +111,8 @@ def _train_and_score(
     except FloatingPointError as error:
         raise FloatingPointError(f"{name}: {error}") from error
     model, scores = training.model, {}
-    for kind, network in {"dice": model, "dice_flips": predict.Mirrored(model)}.items():
+    mirrored = predict.Mirrored(model, settings.upright)
+    for kind, network in {"dice": model, "dice_flips": mirrored}.items():
         _, counts = evaluate(network, state.variables, arrays["validation"])
         scores[kind] = metrics.dice(counts).mean(-1).tolist()
     return scores

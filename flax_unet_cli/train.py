@@ -3,6 +3,7 @@
 import contextlib
 import json
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,6 +53,9 @@ class Options:
 SLOW = """\
 note: recipe unet takes about 4 minutes per epoch of Kvasir-SEG at 256x256 on 2 CPU cores;
       --recipe pretrained (pip install 'flax-unet[pretrained]') is quicker and better"""
+
+#: Seconds between two drawings of the curves: one takes longer than a short epoch on a GPU.
+CURVES_EVERY = 10.0
 
 
 def run(options: Options) -> int:
@@ -265,6 +269,7 @@ def train(
         fixed = RECIPES[settings.recipe].optimizer.fixed_length
         print(f"all {first} epochs are done" + ("" if fixed else "; ask for more with --epochs"))
     events, resident = event_writer(workdir, int(state.step)), data.to_device(validation)
+    due = 0.0  # when to draw the curves again
 
     bar = tqdm(
         desc=f"epoch {first + 1}/{settings.epochs}",
@@ -315,7 +320,9 @@ def train(
             with (workdir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             report(line, settings.epochs, events)
-            draw.save_curves(workdir / "curves.png", history)
+            if stop or epoch.number == settings.epochs or time.monotonic() > due:
+                draw.save_curves(workdir / "curves.png", history)
+                due = time.monotonic() + CURVES_EVERY
             if epoch.number % max(1, settings.epochs // 10) == 0 or epoch.number == settings.epochs:
                 file = workdir / "samples" / f"epoch-{epoch.number:04d}.png"
                 save_samples(file, training.model, epoch.state.variables, validation)

@@ -66,17 +66,23 @@ def test_a_picture_is_predicted_at_its_own_size(variables):
     np.testing.assert_allclose(same, predict.predict_proba(MODEL, variables, small), rtol=1e-6)
 
 
-def test_a_mirrored_model_averages_the_logits_of_four_mirror_images(variables):
-    batch, mirrored = image(2, 8, 12, 3), predict.Mirrored(MODEL)
+@pytest.mark.parametrize("upright", [False, True])
+def test_a_mirrored_model_averages_the_logits_of_mirror_images(variables, upright):
+    batch, mirrored = image(2, 8, 12, 3), predict.Mirrored(MODEL, upright)
     apply = jax.jit(MODEL.apply)
     total = np.zeros((2, 8, 12, 1))
-    for down in (1, -1):
+    downs = (1,) if upright else (1, -1)
+    for down in downs:
         for right in (1, -1):
             logits = np.asarray(apply(variables, batch[:, ::down, ::right] / np.float32(255)))
             total += logits[:, ::down, ::right]
     proba = predict.predict_proba(mirrored, variables, batch)
-    np.testing.assert_allclose(proba, reference.sigmoid(total / 4), rtol=1e-5, atol=1e-6)
-    assert mirrored.stride == MODEL.stride and hash(mirrored) == hash(predict.Mirrored(MODEL))
+    np.testing.assert_allclose(
+        proba, reference.sigmoid(total / 2 / len(downs)), rtol=1e-5, atol=1e-6
+    )
+    assert mirrored.stride == MODEL.stride and hash(mirrored) == hash(
+        predict.Mirrored(MODEL, upright)
+    )
 
 
 def test_a_model_is_compiled_once_per_shape(variables):
