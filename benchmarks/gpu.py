@@ -71,7 +71,7 @@ def step_cost(precision: str) -> dict[str, float]:
     batch = next(data.batches(ours.arrays(32), 32))
     step = train.make_train_step(ours.network(precision), ours.TX, losses.bce)
     bytes_accessed = step.trace(state, batch, ours.KEY).lower().compile().cost_analysis()
-    # In a program for a GPU the convolutions are calls of cuDNN, whose operations XLA does not know.
+    # For a GPU the convolutions are calls of cuDNN, whose operations XLA does not know.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         state, batch = jax.device_get((state, batch))
         flops = step.trace(state, batch, ours.KEY).lower().cost_analysis()
