@@ -178,6 +178,7 @@ def save_curves(path: str | os.PathLike, history: Sequence[dict[str, Any]]) -> N
         axes.plot(epochs, [record[key] for record in history], label="training")
         axes.plot(epochs, [record[f"val_{key}"] for record in history], label="validation")
         axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
