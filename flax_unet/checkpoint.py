@@ -1,55 +1,176 @@
-"""Checkpoints: the latest and the best state of a run. The only module that uses Orbax.
+"""Checkpoints: the newest states of a run, and the best. The only module that uses Orbax.
 
 A step is a folder that gets its name only when it is complete, so a run killed while saving still
-has the step before. Saving is asynchronous; `close` waits for it.
+has the steps before. Saving is asynchronous; `finish` waits for it.
 
 A step holds the items `state` (to resume), `progress` (JSON) and `variables` (to predict: they are
-read without the optimizer).
+read without the optimizer), and in its metadata their checksums, which every reader compares. A
+step is read back before the next one is saved, and the two newest are kept: should one be damaged
+on disk, readers go on with another and say so.
 """
 
+import contextlib
+import json
 import os
+import shutil
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from flax_unet.train import TrainState
 
 Which = Literal["latest", "best"]
+T = TypeVar("T")
+
+METADATA = "_CHECKPOINT_METADATA"  # the file that Orbax writes into each step
 
 
 class CheckpointError(OSError):
     """No checkpoint can be restored; the message names the folder."""
 
 
-def _dice(metrics: dict[str, float]) -> float:
-    return metrics["dice"]
+def _complete(entry: Path) -> bool:
+    """Whether an entry of the folder is a step, to which Orbax gave its name."""
+    return entry.name.isdigit() and (entry / METADATA).is_file()
 
 
 def exists(folder: str | os.PathLike) -> bool:
     """Whether the folder holds a complete checkpoint."""
-    return any(entry.name.isdigit() for entry in Path(folder).glob("*"))
+    folder = Path(folder)
+    return folder.is_dir() and any(map(_complete, folder.iterdir()))
 
 
+def check_folder(folder: str | os.PathLike) -> None:
+    r"""Refuse a folder in which Orbax would save nothing, as it takes its path for a pattern.
+
+    Raises:
+        ValueError: the absolute path has one of the characters [ ] * ? \\.
+    """
+    path = str(Path(folder).absolute())
+    if found := sorted(set(path) & set("[]*?\\")):
+        raise ValueError(
+            f"checkpoints cannot be saved in {path}: its name has {' '.join(found)}; rename it or "
+            "choose another --workdir"
+        )
+
+
+@contextlib.contextmanager
 def open_checkpoints(
     folder: str | os.PathLike, *, read_only: bool = False
-) -> ocp.CheckpointManager:
-    """The checkpoints in a folder, which is created unless `read_only`. Close the result."""
-    policy = AnyPreservationPolicy([LatestN(1), BestN(get_metric_fn=_dice, n=1)])
-    # `best_fn` only makes Orbax record the metric; the policy decides what is deleted. On its own,
-    # `best_fn` would delete the latest step.
+) -> Iterator[ocp.CheckpointManager]:
+    """A context with the checkpoints in a folder, which is created unless `read_only`.
+
+    An entry that has a step's name but is no checkpoint is set aside unless `read_only`. The end of
+    the block waits for what is being saved.
+
+    Raises:
+        ValueError: Orbax would save nothing there, see `check_folder`.
+        CheckpointError: the last checkpoint cannot be saved.
+    """
+    check_folder(folder)
+    folder = Path(folder).absolute()
+    if not read_only and folder.is_dir():
+        for entry in folder.iterdir():
+            if entry.name.isdigit() and not _complete(entry):
+                _set_aside(entry, "it is no checkpoint")
     options = ocp.CheckpointManagerOptions(
-        best_fn=_dice,
-        preservation_policy=policy,
+        preservation_policy=_LatestAndBest(folder),
         cleanup_tmp_directories=not read_only,
         create=not read_only,
     )
-    return ocp.CheckpointManager(
-        Path(folder).absolute(), item_names=("state", "variables", "progress"), options=options
-    )
+    try:
+        items = ("state", "variables", "progress")
+        checkpoints = ocp.CheckpointManager(folder, item_names=items, options=options)
+    except ValueError as error:  # Orbax reads the metrics that version 0.2.0 saved
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
+    try:
+        yield checkpoints
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            checkpoints.close()
+        raise
+    with _saving(folder):
+        checkpoints.close()
+
+
+@contextlib.contextmanager
+def _saving(folder: Path, size: int = 0) -> Iterator[None]:
+    """Turn the errors of a block that waits for Orbax into a `CheckpointError` of one line."""
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds, some with pages of text
+        free = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free" if folder.exists() else ""
+        needed = f"one needs {size / 1e6:.0f} MB" if size else ""
+        reason = " ".join(str(error)[:200].splitlines())
+        words = "; ".join(filter(None, [reason, needed, free]))
+        raise CheckpointError(f"no checkpoint can be saved in {folder}: {words}") from error
+
+
+class _LatestAndBest:
+    """Keeps the two latest steps, and the best of those whose Dice is on disk."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = max(steps, key=lambda step: (_dice(self.folder / str(step)), step), default=None)
+        return [step in steps[-2:] or step == best for step in steps]
+
+
+def _folder(checkpoints: ocp.CheckpointManager, step: int) -> Path:
+    return Path(checkpoints.directory) / str(step)
+
+
+def _set_aside(entry: Path, reason: str) -> None:
+    """Rename an entry, so that nothing is lost and a step can have its name."""
+    names = (entry.with_name(f"damaged-{entry.name}{'+' * i}") for i in range(100))
+    entry.rename(target := next(name for name in names if not name.exists()))
+    warnings.warn(f"{entry} is renamed {target.name}: {reason}", stacklevel=2)
+
+
+def _checksum(tree: Any) -> int:
+    """CRC-32 over the entries of all arrays of a tree, in order."""
+    value = 0
+    for leaf in jax.tree.leaves(tree):
+        value = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, value)
+    return value
+
+
+def _checksum_of_json(content: Any) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """The Dice and checksums that `save` recorded of a step; {} before version 0.3.0.
+
+    Raises:
+        CheckpointError: the file is damaged or missing.
+    """
+    try:
+        record = json.loads((folder / METADATA).read_bytes())["custom_metadata"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is no checkpoint, or damaged: {error!r}") from error
+    if record and record.pop("checksum", None) != _checksum_of_json(record):
+        raise CheckpointError(f"{folder} is damaged: {METADATA} is not what was saved (checksum)")
+    return record or {}
+
+
+def _dice(folder: Path) -> float:
+    """The validation Dice of a step; -1 if it has none, -2 if it cannot be read."""
+    try:
+        record = _record(folder) or json.loads((folder / "metrics" / "metrics").read_bytes())
+        return float(record["dice"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -2.0
 
 
 def save(
@@ -66,12 +187,22 @@ def save(
         state: may be donated as soon as this returns.
         progress: what else a restart needs, as JSON.
         dice: validation Dice, for choosing the best; None ranks below every real value.
+
+    Raises:
+        CheckpointError: the step that was saved before cannot be read back.
     """
+    finish(checkpoints, state)
     step = int(state.step)
     if step in checkpoints.all_steps():
         return
     # The next step donates these buffers, so Orbax gets a copy to write in the background.
     state = jax.tree.map(jnp.copy, state)
+    record = {
+        "dice": -1.0 if dice is None else float(dice),
+        "state": _checksum(state),
+        "variables": _checksum(state.variables),
+        "progress": _checksum_of_json(progress),
+    }
     checkpoints.save(
         step,
         args=ocp.args.Composite(
@@ -79,9 +210,27 @@ def save(
             variables=ocp.args.StandardSave(state.variables),
             progress=ocp.args.JsonSave(progress),
         ),
-        # Orbax complains about a step without metrics.
-        metrics={"dice": -1.0 if dice is None else float(dice)},
+        custom_metadata=record | {"checksum": _checksum_of_json(record)},
     )
+
+
+def finish(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
+    """Wait until the latest step is on disk, and read it back.
+
+    Args:
+        checkpoints: from `open_checkpoints`.
+        state: with the shapes and types of the saved one.
+
+    Raises:
+        CheckpointError: it cannot be read back.
+    """
+    leaves = jax.tree.leaves((state, state.variables))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    with _saving(Path(checkpoints.directory), size):
+        checkpoints.wait_until_finished()
+    if (step := checkpoints.latest_step()) is not None:
+        _read_state(checkpoints, step, state)
+        _read_variables(checkpoints, step, state.variables)
 
 
 def restore(
@@ -89,18 +238,17 @@ def restore(
 ) -> tuple[TrainState, dict[str, Any]]:
     """The saved state, on the first device, and its progress.
 
+    A step that is damaged is named in a warning, and the next one is taken.
+
     Args:
         checkpoints: from `open_checkpoints`.
         abstract: shapes and types, from `jax.eval_shape` of `create_train_state`.
         which: `latest`, or `best` by validation Dice.
 
     Raises:
-        CheckpointError: there is none, or it is damaged or of another model or optimizer.
+        CheckpointError: there is none, or all are damaged or of another model or optimizer.
     """
-    state = ocp.args.StandardRestore(_on_first_device(abstract))
-    step, progress = _step(checkpoints, which), ocp.args.JsonRestore()
-    restored = _restore(checkpoints, step, state=state, progress=progress)
-    return restored["state"], restored["progress"]
+    return _first_sound(checkpoints, which, lambda step: _read_state(checkpoints, step, abstract))
 
 
 def restore_variables(
@@ -108,26 +256,155 @@ def restore_variables(
 ) -> tuple[dict[str, Any], int]:
     """The saved variables, on the first device, and their step. The optimizer is not needed.
 
+    A step that is damaged is named in a warning, and the next one is taken.
+
     Args:
         checkpoints: from `open_checkpoints`.
         abstract: shapes and types, from `jax.eval_shape` of the model's `init`.
         which: `latest`, or `best` by validation Dice.
 
     Raises:
-        CheckpointError: there are none, or they are damaged or of another model.
+        CheckpointError: there are none, or all are damaged or of another model.
     """
-    step = _step(checkpoints, which)
-    if (checkpoints.directory / str(step) / "variables").exists():
+
+    def read(step: int) -> tuple[dict[str, Any], int]:
+        return _read_variables(checkpoints, step, abstract), step
+
+    return _first_sound(checkpoints, which, read)
+
+
+def _first_sound(checkpoints: ocp.CheckpointManager, which: Which, read: Callable[[int], T]) -> T:
+    """What `read` makes of the step that is asked for, or of the next one that it can read."""
+    failures: dict[int, CheckpointError] = {}
+    while steps := [step for step in _ranked(checkpoints, which) if step not in failures]:
+        try:
+            result = read(steps[0])
+        except CheckpointError as error:
+            if not _vanishes(_folder(checkpoints, steps[0])):
+                failures[steps[0]] = error
+            continue
+        for error in failures.values():
+            warnings.warn(f"{error}; going on with step {steps[0]}", stacklevel=3)
+        return result
+    if failures:
+        raise next(iter(failures.values()))
+    raise CheckpointError(f"{checkpoints.directory} holds no {which} checkpoint: train first")
+
+
+def _ranked(checkpoints: ocp.CheckpointManager, which: Which) -> list[int]:
+    """The steps on disk now, the wanted one first."""
+    checkpoints.reload()  # a training may have saved and deleted some
+    steps = sorted(checkpoints.all_steps(), reverse=True)
+    if which == "best":
+        steps.sort(key=lambda step: _dice(_folder(checkpoints, step)), reverse=True)
+    return steps
+
+
+def _vanishes(folder: Path) -> bool:
+    """Whether a training deletes this step, which takes it a moment."""
+    for _ in range(10):
+        if not folder.exists():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def read_progress(folder: str | os.PathLike) -> dict[str, Any]:
+    """The progress in the latest checkpoint of a folder.
+
+    Raises:
+        CheckpointError: there is none, or all are damaged.
+    """
+    with open_checkpoints(folder, read_only=True) as checkpoints:
+
+        def read(step: int) -> dict[str, Any]:
+            target = ocp.args.JsonRestore()
+            progress = _restore(checkpoints, step, progress=target)["progress"]
+            _compare(checkpoints, step, progress=_checksum_of_json(progress))
+            return progress
+
+        return _first_sound(checkpoints, "latest", read)
+
+
+def set_aside_damaged(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> None:
+    """Rename the steps that cannot be restored, with a warning, so that a run can go on.
+
+    Args:
+        checkpoints: from `open_checkpoints`, not read only.
+        abstract: see `restore`.
+
+    Raises:
+        CheckpointError: there is no other; nothing is renamed.
+    """
+    steps, failures = checkpoints.all_steps(), {}
+    for step in steps:
+        try:
+            _read_state(checkpoints, step, abstract)
+            _read_variables(checkpoints, step, abstract.variables)
+        except CheckpointError as error:
+            failures[step] = error
+    if failures and len(failures) == len(steps):
+        raise failures[max(failures)]
+    for step, error in failures.items():
+        _set_aside(_folder(checkpoints, step), str(error))
+    checkpoints.reload()
+
+
+def _read_state(
+    checkpoints: ocp.CheckpointManager, step: int, abstract: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state and progress of a step, compared with their checksums.
+
+    Raises:
+        CheckpointError: they are damaged or of another model or optimizer.
+    """
+    state = ocp.args.StandardRestore(_on_first_device(abstract))
+    restored = _restore(checkpoints, step, state=state, progress=ocp.args.JsonRestore())
+    _compare(
+        checkpoints,
+        step,
+        state=_checksum(restored["state"]),
+        progress=_checksum_of_json(restored["progress"]),
+    )
+    return restored["state"], restored["progress"]
+
+
+def _read_variables(checkpoints: ocp.CheckpointManager, step: int, abstract: Any) -> Any:
+    """The variables of a step, compared with their checksum.
+
+    Raises:
+        CheckpointError: they are damaged or of another model.
+    """
+    if (_folder(checkpoints, step) / "variables").exists():
         target = ocp.args.StandardRestore(_on_first_device(abstract))
-        return _restore(checkpoints, step, variables=target)["variables"], step
+        variables = _restore(checkpoints, step, variables=target)["variables"]
+        _compare(checkpoints, step, variables=_checksum(variables))
+        return variables
+    if _record(_folder(checkpoints, step)):
+        raise CheckpointError(f"{_folder(checkpoints, step)} is damaged: it has no variables")
     # Written by version 0.1.0, which saved only the state; perhaps on a device that is not here.
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = ocp.args.StandardRestore(fallback_sharding=here)
     state = _restore(checkpoints, step, state=target)["state"]
     variables = {"params": _average(state["opt_state"]) or state["params"], **state["model_state"]}
     if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, abstract):
-        raise CheckpointError(f"{checkpoints.directory / str(step)} does not fit the model")
-    return jax.device_put(variables, jax.devices()[0]), step
+        raise CheckpointError(f"{_folder(checkpoints, step)} does not fit the model")
+    return jax.device_put(variables, jax.devices()[0])
+
+
+def _compare(checkpoints: ocp.CheckpointManager, step: int, **found: int) -> None:
+    """Compare checksums with those that were saved, if any were.
+
+    Raises:
+        CheckpointError: one differs.
+    """
+    folder = _folder(checkpoints, step)
+    record = _record(folder)
+    for name, value in found.items():
+        if record and record.get(name) != value:
+            raise CheckpointError(
+                f"{folder} is damaged: its {name} is not what was saved (checksum)"
+            )
 
 
 def _average(node: Any) -> Any:
@@ -145,19 +422,11 @@ def _on_first_device(abstract: Any) -> Any:
     )
 
 
-def _step(checkpoints: ocp.CheckpointManager, which: Which) -> int:
-    step = checkpoints.latest_step() if which == "latest" else checkpoints.best_step()
-    if step is None:
-        remedy = "train first" if checkpoints.latest_step() is None else "ask for the latest"
-        raise CheckpointError(f"{checkpoints.directory} holds no {which} checkpoint: {remedy}")
-    return step
-
-
 def _restore(checkpoints: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
         return checkpoints.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax and TensorStore raise many kinds, some with pages of text
-        folder, reason = checkpoints.directory / str(step), str(error)[:200].splitlines()
+        folder, reason = _folder(checkpoints, step), str(error)[:200].splitlines()
         raise CheckpointError(
             f"{folder} cannot be restored, it is damaged or of another model: {' '.join(reason)}"
         ) from error

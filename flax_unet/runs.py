@@ -4,12 +4,13 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -276,7 +277,28 @@ def read_config(workdir: Path) -> dict[str, Any]:
             return content
     except (ValueError, AttributeError, TypeError, KeyError):
         pass
-    raise ValueError(f"{file} is damaged or not of a run: choose another --workdir")
+    remedy = "choose another --workdir"
+    if checkpoint.exists(workdir / "checkpoints"):
+        remedy = "if it is yours, remove it and run the training again: it is written anew"
+    raise ValueError(f"{file} is damaged or not of a run: {remedy}")
+
+
+def recorded_config(workdir: Path) -> dict[str, Any]:
+    """The config.json of a run; if that is missing or empty, what the checkpoint has of it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_config`.
+        CheckpointError: no checkpoint can be read.
+    """
+    file = workdir / "config.json"
+    if file.is_file() and file.read_bytes().strip():
+        return read_config(workdir)
+    saved = checkpoint.read_progress(workdir / "checkpoints").get("config")
+    if saved is None:  # before version 0.3.0
+        return read_config(workdir)
+    # One place, so that Python shows it once in a program.
+    warnings.warn(f"{file} is missing or empty: written again from the checkpoint", stacklevel=1)
+    return upgrade(saved)
 
 
 def upgrade(content: dict[str, Any]) -> dict[str, Any]:
@@ -361,7 +383,7 @@ def check_workdir(workdir: Path, new: dict[str, Any]) -> tuple[dict[str, Any], s
     if not checkpoint.exists(workdir / "checkpoints"):
         _check_unused(workdir)
         return new, ""
-    old, changes = read_config(workdir), {}
+    old, changes = recorded_config(workdir), {}
     for section in DETERMINES:
         if old[section]:
             changes |= _differences(old[section], new[section])
@@ -402,46 +424,108 @@ def _as_text(changes: dict[str, tuple[Any, Any]]) -> str:
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Lock a workdir for the duration of the block, except on Windows.
+def locked(workdir: Path) -> Iterator[Callable[[], None]]:
+    """Lock a workdir for the duration of the block.
+
+    The folder itself is locked, not a file in it, which somebody could remove. It is a lock of the
+    operating system: between machines that share the folder it holds only if their file system
+    passes `flock` on, which NFS and Lustre do or not as they are mounted. Windows has none.
+
+    Yields:
+        A function that raises FileNotFoundError if the folder was moved or removed meanwhile.
 
     Raises:
         ValueError: another process trains in it.
     """
-    with (workdir / ".lock").open("w") as file:
+    with contextlib.ExitStack() as stack:
         if fcntl is not None:
+            stack.callback(os.close, folder := os.open(workdir, os.O_RDONLY))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ValueError(
                     f"another process is training in {workdir}: wait, or choose another --workdir"
                 ) from error
-        yield
+            except OSError as error:
+                warnings.warn(
+                    f"{workdir} cannot be locked ({error}): train only once in it at a time",
+                    stacklevel=3,
+                )
+        before = workdir.stat()
+
+        def check() -> None:
+            if not (workdir.is_dir() and os.path.samestat(before, workdir.stat())):
+                raise FileNotFoundError(
+                    f"{workdir} was moved or removed during the training: put it back, and run the "
+                    "same command again to resume"
+                )
+
+        yield check
 
 
-def read_history(workdir: Path, epochs: int) -> list[dict[str, Any]]:
+def read_history(
+    workdir: Path, epochs: int, saved: list[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
     """Read the first `epochs` lines of metrics.jsonl and remove later ones.
 
     A run that was killed before it saved a checkpoint leaves later lines.
 
+    Args:
+        workdir: of the run.
+        epochs: how many are done.
+        saved: these lines as the checkpoint has them, since version 0.3.0. A file that differs is
+            written again, with a warning.
+
     Raises:
-        ValueError: a line is damaged.
+        ValueError: a line is damaged, missing or of another epoch, and there is no `saved`.
     """
     file = workdir / "metrics.jsonl"
-    lines = file.read_text().splitlines()[:epochs] if file.exists() else []
-    try:
-        history = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): move it away to resume") from error
-    write_atomically(file, "".join(line + "\n" for line in lines))
+    lines = file.read_bytes().decode(errors="replace").splitlines() if file.exists() else []
+    history = [_parse(line) for line in lines[:epochs]]
+    wrong = [
+        f"line {i} is not that of epoch {i}"
+        for i, line in enumerate(history, 1)
+        if line.get("epoch") != i or (saved is not None and line != saved[i - 1])
+    ]
+    if len(history) < epochs:
+        wrong.append(f"it has {len(history)} lines, and {epochs} epochs are done")
+    if wrong and saved is None:
+        raise ValueError(
+            f"{file} is damaged ({wrong[0]}): restore it from a copy, or start from this run's "
+            f"parameters with --init {workdir} and another --workdir"
+        )
+    if wrong:
+        warnings.warn(f"{file}: {wrong[0]}; written again from the checkpoint", stacklevel=2)
+    history = history if saved is None else saved
+    write_atomically(file, "".join(json.dumps(line) + "\n" for line in history))
     return history
 
 
+def _parse(line: str) -> dict[str, Any]:
+    """A line of metrics.jsonl; {} if it is none."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write_atomically(file: Path, text: str) -> None:
-    """Replace a file in one move, so that a killed run leaves the old one or the new one."""
+    """Replace a file in one move, so that a killed run leaves the old one or the new one.
+
+    What is moved is on the disk already, so that a power loss does not leave an empty file.
+    """
     part = file.with_name(file.name + ".part")
-    part.write_text(text)
+    with part.open("w") as stream:
+        stream.write(text)
+        sync(stream)
     part.replace(file)
+
+
+def sync(stream: TextIO) -> None:
+    """Wait until what was written is on the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 class Trained(NamedTuple):

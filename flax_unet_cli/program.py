@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -36,6 +37,8 @@ def main(
     config = (tyro.conf.OmitArgPrefixes,)
     flags = tyro.cli(options, description=description, args=args, config=config)
     keep_compiled()
+    # Orbax logs the pages of its errors; ours say in a line what they mean.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         return run(_absolute(flags)) or 0
     except KeyboardInterrupt:

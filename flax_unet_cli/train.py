@@ -4,6 +4,7 @@ import contextlib
 import json
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,12 +69,13 @@ def run(options: Options) -> int:
     settings, places = options.settings, options.places
     workdir = places.workdir
     runs.recipe_of(settings)  # settings that do not fit are refused before anything else
+    checkpoint.check_folder(workdir)
     if (settings.dataset, settings.recipe) == ("kvasir_seg", "unet"):
         print(SLOW, flush=True)
     recorded = None
     if checkpoint.exists(workdir / "checkpoints"):  # a run keeps what it found out about its data
         with contextlib.suppress(OSError, ValueError):
-            content = runs.read_config(workdir)
+            content = runs.recorded_config(workdir)
             places = replace(places, split_by=content["places"]["split_by"])
             recorded = images.from_json(content["images"])
     print(f"{settings.dataset}: opening the pictures; the first time takes a minute", flush=True)
@@ -93,12 +95,12 @@ def run(options: Options) -> int:
         return 0
     init_key, key = jax.random.split(jax.random.key(settings.seed))
     runs.check_workdir(workdir, content)  # before anything is written
-    state, records = None, []
+    state, progress = None, {}
     if not checkpoint.exists(workdir / "checkpoints"):
         state = runs.create_state(settings, recipe, training, init_key, image_format.channels)
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
     with (
-        runs.locked(workdir),
+        runs.locked(workdir) as check,
         signals_collected() as stop,  # also while the last checkpoint is being written
         checkpoint.open_checkpoints(workdir / "checkpoints") as checkpoints,
     ):
@@ -107,15 +109,16 @@ def run(options: Options) -> int:
             print(f"warning: resuming with other versions, device or places: {changes}")
         if checkpoints.latest_step() is not None:
             abstract = runs.abstract_state(training, image_format.channels)
+            checkpoint.set_aside_damaged(checkpoints, abstract)
             state, progress = checkpoint.restore(checkpoints, abstract)
-            records = progress["records"]
             print(f"resuming after step {int(state.step)}")
             done = int(state.step) // -(-pictures.n // settings.batch_size)
             content["settings"]["epochs"] = max(done, settings.epochs)
         assert state is not None
         runs.write_atomically(workdir / "config.json", json.dumps(content, indent=2) + "\n")
         try:
-            train(options, training, pictures, key, state, records, checkpoints, stop)
+            progress["config"] = content
+            train(options, training, pictures, key, state, progress, checkpoints, stop, check)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}, in another --workdir: this one is kept") from error
     if stop:
@@ -256,19 +259,25 @@ def train(
     pictures: Pictures,
     key: jax.Array,
     state: Any,
-    records: list[dict[str, Any]],
+    progress: dict[str, Any],
     checkpoints: Any,
     stop: list[int],
+    check: Callable[[], None],
 ) -> None:
-    """Run the remaining epochs, given the state and the records of the unfinished epoch."""
+    """Run the remaining epochs, given the state and the progress of the last checkpoint.
+
+    Progress is the `records` of the unfinished epoch, the `history` of the epochs before, and the
+    `config`, as JSON.
+    """
     settings, workdir = options.settings, options.places.workdir
     n, batches, _, validation, _ = pictures
     first = int(state.step) // -(-n // settings.batch_size)
-    history = runs.read_history(workdir, first)
+    records = progress.get("records", [])
+    history = runs.read_history(workdir, first, progress.get("history"))
     if first >= settings.epochs:
         fixed = RECIPES[settings.recipe].optimizer.fixed_length
         print(f"all {first} epochs are done" + ("" if fixed else "; ask for more with --epochs"))
-    events, resident = event_writer(workdir, int(state.step)), data.to_device(validation)
+    resident = data.to_device(validation)
     due = 0.0  # when to draw the curves again
 
     bar = tqdm(
@@ -284,6 +293,10 @@ def train(
     def on_step(images: int, record: dict[str, Any]) -> None:
         bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         bar.update(images)
+
+    def save(state: Any, records: list[dict[str, Any]], dice: float | None = None) -> None:
+        content = {"records": records, "history": [*history], "config": progress["config"]}
+        checkpoint.save(checkpoints, state, content, dice=dice)
 
     epochs = fit(
         training.model,
@@ -301,12 +314,13 @@ def train(
         on_step=on_step,
         stop=lambda: bool(stop),
     )
-    with bar:
+    with bar, event_writer(workdir, int(state.step)) as events:
         for epoch in epochs:
             bar.clear()
+            check()
             if epoch.metrics is None:  # the next start completes the epoch
-                checkpoint.save(checkpoints, epoch.state, {"records": epoch.records})
-                return
+                save(epoch.state, epoch.records)
+                break
             scores, _ = evaluate(
                 training.model,
                 epoch.state.variables,
@@ -319,7 +333,8 @@ def train(
             history.append(line := metrics_line(epoch, epoch.metrics, scores))
             with (workdir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            report(line, settings.epochs, events)
+                runs.sync(file)
+            report(line, settings.epochs)
             if stop or epoch.number == settings.epochs or time.monotonic() > due:
                 draw.save_curves(workdir / "curves.png", history)
                 due = time.monotonic() + CURVES_EVERY
@@ -327,11 +342,18 @@ def train(
                 file = workdir / "samples" / f"epoch-{epoch.number:04d}.png"
                 save_samples(file, training.model, epoch.state.variables, validation)
             dice = scores["dice_per_image" if training.model.num_classes == 1 else "dice_pooled"]
-            checkpoint.save(checkpoints, epoch.state, {"records": []}, dice=dice)
+            save(epoch.state, [], dice)
+            if events is not None:
+                try:
+                    events(line)
+                except OSError as error:
+                    warnings.warn(f"no more TensorBoard events are written: {error}", stacklevel=2)
+                    events = None
             if epoch.number < settings.epochs:
                 bar.set_description(f"epoch {epoch.number + 1}/{settings.epochs}", refresh=False)
                 bar.initial = 0
                 bar.reset()
+    checkpoint.finish(checkpoints, state)
 
 
 def metrics_line(
@@ -363,17 +385,43 @@ def save_samples(file: Path, model: Any, variables: Any, arrays: data.Arrays) ->
     draw.save_sheet(file, sheet)
 
 
-def event_writer(workdir: Path, step: int) -> Any:
-    """A writer of TensorBoard event files, if tensorboardX is installed."""
+@contextlib.contextmanager
+def event_writer(workdir: Path, step: int) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """A function that writes a line of metrics.jsonl for TensorBoard; None without tensorboardX.
+
+    It writes in its caller's thread. The thread of tensorboardX's SummaryWriter, once a write has
+    failed, makes the program wait for ever.
+    """
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
     except ImportError:
-        return None
-    return SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        yield None
+        return
+    folder = workdir / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    writer = EventsWriter(str(folder / "events"))
+    proto: Any = event_pb2  # generated, and opaque to type checkers
+    # TensorBoard forgets what a killed run wrote from this step on.
+    start = proto.SessionLog(status=proto.SessionLog.START)
+    writer.write_event(proto.Event(step=step + 1, session_log=start))
+
+    def write(line: dict[str, Any]) -> None:
+        for name, value in line.items():
+            event = {"wall_time": time.time(), "step": line["step"], "summary": scalar(name, value)}
+            writer.write_event(proto.Event(**event))
+        writer.flush()
+
+    try:
+        yield write
+    finally:
+        with contextlib.suppress(OSError):
+            writer.close()
 
 
-def report(line: dict[str, Any], epochs: int, events: Any) -> None:
-    """Print an epoch's metrics, the tutorial's first; write the event file."""
+def report(line: dict[str, Any], epochs: int) -> None:
+    """Print an epoch's metrics, the tutorial's first."""
     names = {
         "loss": "loss",
         "accuracy": "accuracy",
@@ -388,10 +436,6 @@ def report(line: dict[str, Any], epochs: int, events: Any) -> None:
     ]
     seconds = f"{line['seconds']:.0f} s"
     print(f"epoch {line['epoch']}/{epochs}", *values, seconds, sep="  ", flush=True)
-    if events is not None:
-        for name, value in line.items():
-            events.add_scalar(name, value, line["step"])
-        events.flush()
 
 
 def main(args: list[str] | None = None) -> int:

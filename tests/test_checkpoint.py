@@ -1,4 +1,6 @@
+import json
 import shutil
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -43,13 +45,13 @@ def assert_equal(a, b):
         assert x.dtype == y.dtype
 
 
-def test_only_the_latest_and_the_best_checkpoint_are_kept(tmp_path):
+def test_the_two_latest_and_the_best_checkpoint_are_kept(tmp_path):
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
         for step, dice in [(1, 0.2), (2, 0.9), (3, 0.4), (4, 0.5)]:
             checkpoint.save(checkpoints, state_at(step), {"at": step}, dice=dice)
         checkpoint.save(checkpoints, state_at(5), {"at": 5})  # in the middle of an epoch
     with checkpoint.open_checkpoints(tmp_path, read_only=True) as checkpoints:
-        assert sorted(checkpoints.all_steps()) == [2, 5]
+        assert sorted(checkpoints.all_steps()) == [2, 4, 5]
         for which, step in (("latest", 5), ("best", 2)):
             state, progress = checkpoint.restore(checkpoints, abstract(), which)
             assert (value(state), progress) == (step, {"at": step})
@@ -67,8 +69,8 @@ def test_a_run_can_be_resumed_from_a_checkpoint_in_the_middle_of_an_epoch(tmp_pa
         checkpoint.save(checkpoints, state_at(2), {})  # stopped again before a step was made
         checkpoint.save(checkpoints, state_at(3), {}, dice=0.3)
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.all_steps() == [3]
-        assert checkpoints.best_step() == checkpoints.latest_step() == 3
+        assert sorted(checkpoints.all_steps()) == [1, 2, 3]  # 3 was not yet known to be better
+        assert value(checkpoint.restore(checkpoints, abstract(), "best")[0]) == 3
 
 
 def test_a_saved_state_is_not_overwritten_by_later_steps(tmp_path):
@@ -147,10 +149,13 @@ def test_variables_are_read_without_the_optimizer(tmp_path, norm, averaged):
 
 
 def old_layout(folder, state):
-    """Save a state as version 0.1.0 did: without the item `variables`."""
+    """Save a state as version 0.1.0 did: without the item `variables`, and without checksums."""
     with checkpoint.open_checkpoints(folder) as checkpoints:
         checkpoint.save(checkpoints, state, {"records": []}, dice=0.5)
-    shutil.rmtree(folder / str(int(state.step)) / "variables")
+    folder /= str(int(state.step))
+    shutil.rmtree(folder / "variables")
+    file = folder / "_CHECKPOINT_METADATA"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"custom_metadata": {}}))
 
 
 @pytest.mark.parametrize(
@@ -210,16 +215,153 @@ def test_a_folder_has_a_checkpoint_once_one_is_complete(tmp_path):
     assert checkpoint.exists(tmp_path)
 
 
+def random_state(step):
+    """A state with other numbers for every step."""
+    rng = np.random.default_rng(step)
+    state = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract())
+    return state.replace(step=jnp.int32(step))
+
+
+def files(folder):
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
 @pytest.mark.parametrize("item", ["state", "variables"])
 def test_a_damaged_checkpoint_is_named(tmp_path, item):
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
         checkpoint.save(checkpoints, state_at(1), {}, dice=0.1)
-    for file in (tmp_path / "1" / item).rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[:-10])
+    for file in files(tmp_path / "1" / item):
+        file.write_bytes(file.read_bytes()[:-10])
     with checkpoint.open_checkpoints(tmp_path, read_only=True) as checkpoints:
         with pytest.raises(checkpoint.CheckpointError, match="1 cannot be restored, it is damaged"):
             if item == "state":
                 checkpoint.restore(checkpoints, abstract())
             else:
                 checkpoint.restore_variables(checkpoints, abstract_variables(MODEL))
+
+
+def test_no_flipped_bit_is_restored_as_another_number(tmp_path):
+    good, rng = tmp_path / "good", np.random.default_rng(0)
+    with checkpoint.open_checkpoints(good) as checkpoints:
+        checkpoint.save(checkpoints, random_state(1), {"records": [1]}, dice=0.9)
+        checkpoint.save(checkpoints, random_state(2), {"records": [2]}, dice=0.3)
+    outcomes = []
+    for file in files(good / "2"):
+        content = bytearray(file.read_bytes())
+        for at in rng.integers(0, len(content), 4 if len(content) > 2000 else 1):
+            folder = tmp_path / f"{len(outcomes)}"
+            shutil.copytree(good, folder)
+            damaged = bytearray(content)
+            damaged[at] ^= 1 << int(rng.integers(8))
+            (folder / file.relative_to(good)).write_bytes(damaged)
+            with (
+                warnings.catch_warnings(),
+                checkpoint.open_checkpoints(folder, read_only=True) as checkpoints,
+            ):
+                warnings.simplefilter("ignore")
+                state, progress = checkpoint.restore(checkpoints, abstract())
+            step = int(state.step)
+            outcomes.append(step)
+            assert progress == {"records": [step]}
+            assert_equal(state, random_state(step))
+    assert set(outcomes) == {1, 2}
+
+
+@pytest.mark.parametrize("which", ["latest", "best"])
+def test_readers_go_on_with_another_checkpoint_and_say_so(tmp_path, which):
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        for step, dice in [(1, 0.9), (2, 0.2), (3, 0.4), (4, 0.3)]:
+            checkpoint.save(checkpoints, random_state(step), {"at": step}, dice=dice)
+    wanted, other = {"latest": (4, 3), "best": (1, 3)}[which]
+    shutil.rmtree(tmp_path / str(wanted) / "state")
+    shutil.rmtree(tmp_path / str(wanted) / "variables")
+    (tmp_path / "9").mkdir()  # somebody else's
+    message = f"{tmp_path}/{wanted} .*; going on with step {other}"
+    with checkpoint.open_checkpoints(tmp_path, read_only=True) as checkpoints:
+        with pytest.warns(UserWarning, match=message):
+            state, progress = checkpoint.restore(checkpoints, abstract(), which)
+        assert_equal(state, random_state(other))
+        assert progress == {"at": other}
+        with pytest.warns(UserWarning, match=message):
+            variables, step = checkpoint.restore_variables(
+                checkpoints, abstract_variables(MODEL), which
+            )
+        assert step == other
+        assert_equal(variables, random_state(other).variables)
+    assert (tmp_path / "9").exists()
+
+
+def test_a_run_sets_damaged_checkpoints_aside_and_saves_their_steps_again(tmp_path):
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoint.save(checkpoints, random_state(step), {}, dice=0.1)
+    for file in files(tmp_path / "2" / "progress"):
+        file.write_text("{}x")
+    (tmp_path / "3").mkdir()
+    (tmp_path / "4").write_text("not mine")
+    with (
+        pytest.warns(UserWarning) as caught,
+        checkpoint.open_checkpoints(tmp_path) as checkpoints,
+    ):
+        checkpoint.set_aside_damaged(checkpoints, abstract())
+        assert int(checkpoint.restore(checkpoints, abstract())[0].step) == 1
+        for step in (2, 3, 4):
+            checkpoint.save(checkpoints, random_state(step), {"again": step}, dice=0.1)
+    messages = [str(warning.message) for warning in caught]
+    for step in (2, 3, 4):
+        (message,) = (m for m in messages if m.startswith(f"{tmp_path}/{step} is renamed"))
+        assert f"damaged-{step}" in message
+    assert (tmp_path / "damaged-4").read_text() == "not mine"
+    with checkpoint.open_checkpoints(tmp_path, read_only=True) as checkpoints:
+        state, progress = checkpoint.restore(checkpoints, abstract())
+    assert progress == {"again": 4}
+    assert_equal(state, random_state(4))
+
+
+def test_nothing_is_set_aside_if_nothing_else_is_left(tmp_path):
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoint.save(checkpoints, random_state(step), {}, dice=0.1)
+    other = partial(train.create_train_state, MODEL.clone(features=(4, 6)), TX)
+    other = jax.eval_shape(partial(other, image_shape=(1, 8, 8, 3)), jax.random.key(0))
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(checkpoint.CheckpointError, match="2 cannot be restored"):
+            checkpoint.set_aside_damaged(checkpoints, other)
+    assert {"1", "2"} <= {entry.name for entry in tmp_path.iterdir()}
+
+
+def test_a_checkpoint_is_read_back_before_the_next_one_is_saved(tmp_path):
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        checkpoint.save(checkpoints, random_state(1), {}, dice=0.1)
+        checkpoints.wait_until_finished()
+        for file in files(tmp_path / "1" / "variables"):
+            file.write_bytes(b"")  # as Orbax writes them into a folder [1]
+        with pytest.raises(checkpoint.CheckpointError, match="1 cannot be restored"):
+            checkpoint.save(checkpoints, random_state(2), {}, dice=0.1)
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a]b", "a*b", "what?", "back\\slash"])
+def test_folders_that_orbax_takes_for_a_pattern_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="rename it or choose another --workdir"):
+        with checkpoint.open_checkpoints(tmp_path / name / "checkpoints"):
+            pass
+    assert not (tmp_path / name).exists()
+
+
+def test_a_reader_beside_a_training_that_deletes_checkpoints_reads_another(tmp_path):
+    """The step that was to be read is gone: neither an error nor a warning."""
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        checkpoint.save(checkpoints, random_state(1), {}, dice=0.1)
+        checkpoint.finish(checkpoints, abstract())
+        with (
+            checkpoint.open_checkpoints(tmp_path, read_only=True) as reader,
+            warnings.catch_warnings(),
+        ):
+            assert reader.all_steps() == [1]
+            for step in (2, 3, 4):
+                checkpoint.save(checkpoints, random_state(step), {}, dice=0.1 * step)
+            checkpoints.wait_until_finished()
+            assert not (tmp_path / "1").exists()
+            warnings.simplefilter("error")
+            for which in ("latest", "best"):
+                assert int(checkpoint.restore(reader, abstract(), which)[0].step) == 4

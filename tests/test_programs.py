@@ -1,5 +1,6 @@
 """The programs, run as a user runs them, on a small drawn data set."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -330,9 +331,73 @@ def test_a_run_is_read_although_its_recipe_has_changed(folders, short, tmp_path,
     assert parameters(tmp_path / "begun")[1] == parameters(short)[1]
 
 
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_run_writes_its_config_and_history_again(folders, short, capsys):
+    config, history = ((short / name).read_text() for name in ("config.json", "metrics.jsonl"))
+    (short / "config.json").write_text("")
+    (short / "metrics.jsonl").write_text(history.replace('"loss": ', '"loss": 1'))
+    assert evaluate.main(["--workdir", str(short)]) == 1
+    assert "run the training again: it is written anew" in capsys.readouterr().err
+    assert train.main(arguments(folders, short, epochs=1)) == 0
+    error = capsys.readouterr().err
+    assert error.count("config.json is missing or empty: written again from the checkpoint") == 1
+    assert "line 1 is not that of epoch 1; written again from the checkpoint" in error
+    written, before = json.loads((short / "config.json").read_text()), json.loads(config)
+    assert written | {"places": None} == before | {"places": None}  # this is a copy of the run
+    assert (short / "metrics.jsonl").read_text() == history
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(folders, undisturbed, tmp_path):
+    """It repeats the last epoch, with the same parameters at its end."""
+    straight = undisturbed[0]
+    workdir = Path(shutil.copytree(straight, tmp_path / "run"))
+    last = max((p for p in (workdir / "checkpoints").iterdir()), key=lambda p: int(p.name))
+    for file in (last / "state").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+    output, step = finish(start(folders, workdir)), int(last.name) * (EPOCHS - 1) // EPOCHS
+    assert f"checkpoints/{last.name} is renamed damaged-{last.name}: " in output
+    assert f"resuming after step {step}" in output
+    assert parameters(workdir) == parameters(straight)
+    assert lines(workdir) == lines(straight)
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_failing_tensorboard_events_are_a_warning(folders, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboardX")
+
+    def fail(self, data):
+        raise OSError(28, "No space left on device")
+
+    write = train.event_writer
+
+    @contextlib.contextmanager
+    def fails_later(*args):
+        with write(*args) as events:
+            monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.write", fail)
+            yield events
+
+    monkeypatch.setattr(train, "event_writer", fails_later)
+    assert train.main(arguments(folders, tmp_path / "run", epochs=2)) == 0
+    words = "no more TensorBoard events are written: [Errno 28] No space left on device"
+    assert capsys.readouterr().err.count(words) == 1
+    assert parameters(tmp_path / "run")[0] == 12
+
+
+def test_a_workdir_that_is_moved_away_ends_the_run(folders, tmp_path, capsys, before_each_step):
+    workdir = tmp_path / "run"
+    before_each_step(lambda step: step == 8 and workdir.rename(tmp_path / "moved"))
+    assert train.main(arguments(folders, workdir)) == 1
+    assert f"{workdir} was moved or removed during the training" in capsys.readouterr().err
+
+
 def test_tensorboard_is_optional(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    assert train.event_writer(tmp_path, 0) is None
+    for name in ("tensorboardX", "tensorboardX.event_file_writer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with train.event_writer(tmp_path, 0) as events:
+        assert events is None
 
 
 def test_the_article_trains_in_bfloat16(folders, tmp_path):
@@ -552,8 +617,7 @@ def test_the_workdir_is_left_as_it_is_if_init_cannot_be_used(
 
 
 def test_a_run_with_other_settings_is_refused_and_left_as_it_is(folders, short, capsys):
-    for name in ("samples", ".lock"):  # as if another version had trained it
-        shutil.rmtree(short / name) if (short / name).is_dir() else (short / name).unlink()
+    shutil.rmtree(short / "samples")  # as if another version had trained it
     before = snapshot(short)
     assert train.main(arguments(folders, short, learning_rate=0.5, seed=3)) == 1
     error = capsys.readouterr().err

@@ -293,8 +293,24 @@ def test_two_processes_cannot_train_in_one_workdir(tmp_path):
         pass
 
 
+def test_no_file_can_be_removed_to_get_around_the_lock(tmp_path):
+    pytest.importorskip("fcntl")
+    (tmp_path / ".lock").touch()
+    with runs.locked(tmp_path) as check:
+        for file in tmp_path.iterdir():
+            file.unlink()
+        with pytest.raises(ValueError, match="another process is training"):
+            with runs.locked(tmp_path):
+                pass
+        check()
+        tmp_path.rename(tmp_path.with_name("moved"))
+        tmp_path.mkdir()
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path} was moved or removed"):
+            check()
+
+
 def test_the_history_ends_with_the_last_checkpoint(tmp_path):
-    assert runs.read_history(tmp_path, 3) == []
+    assert runs.read_history(tmp_path, 0) == []
     lines = [{"epoch": i, "loss": 0.5} for i in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert runs.read_history(tmp_path, 2) == lines[:2]
@@ -302,25 +318,56 @@ def test_the_history_ends_with_the_last_checkpoint(tmp_path):
     assert [json.loads(line) for line in written] == lines[:2]
 
 
-def test_a_damaged_history_is_refused_and_left_alone(tmp_path):
+ROWS = [{"epoch": i, "loss": i / 7} for i in (1, 2, 3, 4)]
+#: {what happened to it: metrics.jsonl after 4 epochs, what the message says}
+DAMAGED = {
+    "gone": (None, "it has 0 lines, and 4 epochs are done"),
+    "empty": ([], "it has 0 lines, and 4 epochs are done"),
+    "cut": (ROWS[:2], "it has 2 lines, and 4 epochs are done"),
+    "cut in a line": ([*ROWS[:3], '{"epo'], "line 4 is not that of epoch 4"),
+    "without the 2nd": ([ROWS[0], *ROWS[2:]], "line 2 is not that of epoch 2"),
+    "the 2nd twice": ([*ROWS[:2], *ROWS[1:]], "line 3 is not that of epoch 3"),
+    "a number": ([ROWS[0], 5, *ROWS[2:]], "line 2 is not that of epoch 2"),
+    "not UTF-8": ([ROWS[0], b"\xff", *ROWS[2:]], "line 2 is not that of epoch 2"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_history_is_refused_or_written_again_from_the_checkpoint(tmp_path, case):
+    rows, words = DAMAGED[case]
+    file = tmp_path / "metrics.jsonl"
+    content = None
+    if rows is not None:
+        encoded = (
+            row
+            if isinstance(row, bytes)
+            else (row if isinstance(row, str) else json.dumps(row)).encode()
+            for row in rows
+        )
+        content = b"".join(row + b"\n" for row in encoded)
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"metrics.jsonl is damaged .{words}.: restore it"):
+        runs.read_history(tmp_path, 4)
+    assert (file.read_bytes() if file.exists() else None) == content
+    with pytest.warns(UserWarning, match=f"metrics.jsonl: {words}; written again from the check"):
+        assert runs.read_history(tmp_path, 4, ROWS) == ROWS
+    assert [json.loads(line) for line in file.read_text().splitlines()] == ROWS
+
+
+def test_a_damaged_line_of_a_later_epoch_is_not_needed(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
-    with pytest.raises(ValueError, match="metrics.jsonl is damaged .*move it away"):
-        runs.read_history(tmp_path, 2)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n{"epo'
-    assert runs.read_history(tmp_path, 1) == [{"epoch": 1}]  # its damaged line is not needed
+    assert runs.read_history(tmp_path, 1) == [{"epoch": 1}]
 
 
 def test_a_file_is_written_entirely_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "config.json"
     file.write_text("old")
-    write = Path.write_text
 
-    def killed(self, text):
-        write(self, text[:2])
+    def killed(descriptor):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "write_text", killed)
+        patch.setattr(os, "fsync", killed)  # nothing is moved that is not on the disk
         runs.write_atomically(file, "new content")
     assert file.read_text() == "old"
     runs.write_atomically(file, "new content")
