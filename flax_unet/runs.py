@@ -567,6 +567,8 @@ def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> T
         loss_fn = recipes.loss_of(training["loss"], training.get("class_weight"))
         masks = content.get("masks") and formats.from_json(content["masks"])
         model = pack.build(content["model"]) if packed is None else packed.model
+        if packed is not None and packed.image_size != settings.image_size:
+            raise ValueError(f"its image_size is {packed.image_size} and {settings.image_size}")
         image_format = images.from_json(content["images"])
         image = jnp.zeros((1, model.stride, model.stride, image_format.channels))
         abstract = jax.eval_shape(model.init, jax.random.key(0), image)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import flax.linen as nn
@@ -181,3 +182,117 @@ def test_a_folder_without_a_readable_model_is_named(tmp_path):
     (tmp_path / "model.json").write_text(text.replace('"deep"', '"depth"'))
     with pytest.raises(ValueError, match="a UNet has no depth"):
         pack.load(tmp_path)
+
+
+def rewrite(folder, change_content=None, change_arrays=None):
+    """Write a saved model again, changed, and without its checksum."""
+    content = json.loads((folder / "model.json").read_text())
+    content.pop("checksum", None)
+    (change_content or (lambda content: None))(content)
+    (folder / "model.json").write_text(json.dumps(content))
+    with np.load(folder / "weights.npz") as stored:
+        arrays = dict(stored)
+    (change_arrays or (lambda arrays: None))(arrays)
+    np.savez(folder / "weights.npz", **arrays)
+
+
+KERNEL = "params/down0/Conv_0/kernel"
+#: {what is wrong with the arrays: how, what the message says}
+BAD_ARRAYS = {
+    "NaN": (lambda a: a[KERNEL].fill(np.nan), f"{KERNEL} has NaN or infinity"),
+    "too large": (
+        lambda a: a.update({KERNEL: np.full(a[KERNEL].shape, 1e300)}),
+        f"{KERNEL} has NaN or infinity",
+    ),
+    "missing": (lambda a: a.pop(KERNEL), f"{KERNEL} is missing"),
+    "one more": (lambda a: a.update({"params/evil": np.ones(3)}), "params/evil is not of this"),
+    "shape": (lambda a: a.update({KERNEL: a[KERNEL][:1]}), f"{KERNEL} has another shape"),
+    "integers": (
+        lambda a: a.update({KERNEL: a[KERNEL].astype(np.int64)}),
+        f"{KERNEL}.npy has the type int64, not float",
+    ),
+    "text": (
+        lambda a: a.update({KERNEL: a[KERNEL].astype(str)}),
+        f"{KERNEL}.npy has the type <U32, not float",
+    ),
+    "objects": (
+        lambda a: a.update({KERNEL: a[KERNEL].astype(object)}),
+        f"{KERNEL}.npy has the type object, not float",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_arrays_that_are_not_the_models_are_refused_by_name(tmp_path, case):
+    change, words = BAD_ARRAYS[case]
+    pack.save(tmp_path, packed())
+    rewrite(tmp_path)
+    pack.load(tmp_path)  # as version 0.2.0 wrote it
+    rewrite(tmp_path, change_arrays=change)
+    with pytest.raises(ValueError, match=words):
+        pack.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("features", [10**9, 10**9]),
+        ("features", [4] * 1000),
+        ("features", [4.0, 8.0]),
+        ("features", "48"),
+        ("features", []),
+        ("convs", 10**6),
+        ("convs", 0),
+        ("patch", 10**9),
+        ("num_classes", 0),
+        ("num_classes", True),
+        ("dtype", "int8"),
+        ("dtype", "object"),
+        ("encoder", {"variant": "../x", "dtype": "float32"}),
+        ("image_size", 0),
+        ("image_size", 10**6),
+        ("image_size", 33),
+        ("image_size", [64, 64, 64]),
+        ("image_size", 64.0),
+        ("about", []),
+    ],
+)
+def test_attributes_that_no_model_has_are_refused(tmp_path, key, value):
+    pack.save(tmp_path, packed())
+
+    def change(content):
+        (content if key in content else content["model"])[key] = value
+
+    rewrite(tmp_path, change)
+    with pytest.raises(ValueError, match="cannot be read"):
+        pack.load(tmp_path)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("model", [SMALL, UNet((4,) * 4, encoder=Encoder("lite0"))])
+def test_models_of_any_channels_are_loaded(tmp_path, model, channels):
+    image = jnp.zeros((1, model.stride, model.stride, channels))
+    variables = jax.tree.map(np.asarray, model.init(jax.random.key(0), image))
+    pack.save(tmp_path, pack.Packed(model, variables, 64, {}))
+    loaded = pack.load(tmp_path).variables
+    assert jax.tree.map(np.shape, loaded) == jax.tree.map(np.shape, variables)
+
+
+def test_no_flipped_bit_of_a_model_is_loaded(tmp_path):
+    pack.save(tmp_path / "good", packed())
+    good, rng = pack.load(tmp_path / "good"), np.random.default_rng(0)
+    for name in ("model.json", "weights.npz"):
+        content = (tmp_path / "good" / name).read_bytes()
+        for at in rng.choice(len(content), 12, replace=False):
+            folder = Path(shutil.copytree(tmp_path / "good", tmp_path / f"{name}-{at}"))
+            damaged = bytearray(content)
+            damaged[at] ^= 1 << int(rng.integers(8))
+            (folder / name).write_bytes(damaged)
+            try:
+                loaded = pack.load(folder)
+            except ValueError:
+                continue
+            # A bit that says nothing, such as a time in the zip.
+            assert (loaded.model, loaded[2:]) == (good.model, good[2:])
+            for a, b in zip(*map(jax.tree.leaves, (loaded[1], good[1])), strict=True):
+                np.testing.assert_array_equal(a, b)

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import sys
+import tracemalloc
 import types
 from collections import OrderedDict
 
@@ -125,3 +126,66 @@ def test_the_error_names_a_damaged_file(write):
             read_tensors(write(tensors, cut=cut))
     with pytest.raises(ValueError, match="unexpected header"):
         read_tensors(write(tensors, head=(1, 1001, {"little_endian": True})))
+
+
+def put(n):
+    return pickle.BININT + int(n).to_bytes(4, "little")
+
+
+def tensor_of(shape, strides):
+    """The pickle of {"x": tensor} over a storage of four floats."""
+    text = lambda t: pickle.BINUNICODE + len(t).to_bytes(4, "little") + t  # noqa: E731
+    tup = lambda *parts: pickle.MARK + b"".join(parts) + pickle.TUPLE  # noqa: E731
+    long = lambda n: pickle.LONG1 + b"\x10" + int(n).to_bytes(16, "little")  # noqa: E731
+    storage = tup(
+        text(b"storage"), b"ctorch\nFloatStorage\n", text(b"0"), text(b"cpu"), put(4), b"N"
+    )
+    arguments = tup(
+        storage + pickle.BINPERSID,
+        put(0),
+        tup(*map(long, shape)),
+        tup(*map(long, strides)),
+        pickle.NEWFALSE,
+        pickle.EMPTY_DICT,
+    )
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + pickle.REDUCE
+    return pickle.EMPTY_DICT + pickle.MARK + text(b"x") + tensor + pickle.SETITEMS + pickle.STOP
+
+
+#: Pickles in place of the tensors; each would take gigabytes or minutes, or change a class.
+HOSTILE = {
+    "an axis without stride": tensor_of((4_000_000_000,), (0,)),
+    "overlapping rows": tensor_of((2, 3), (1, 1)),
+    "2**70 entries": tensor_of((2**70,), (0,)),
+    "70 axes": tensor_of((1,) * 70, (1,) * 70),
+    "a memo of 2**29": b"N" + pickle.LONG_BINPUT + (2**29).to_bytes(4, "little") + b".",
+    "2 GB of text": pickle.BINUNICODE + (2**31 - 1).to_bytes(4, "little") + b"x.",
+    "8 GB of bytes": pickle.BYTEARRAY8 + (2**33).to_bytes(8, "little") + b"x.",
+    "a key of tuples": pickle.EMPTY_DICT + b")" + b"q\0h\0\x86" * 40 + b"Ns.",
+    "doubled tuples": pickle.EMPTY_DICT + b")" + pickle.DUP * 3 + b"Ns.",
+    "attributes": b"ctorch._utils\n_rebuild_tensor_v2\n(N}(" + b"X\5\0\0\0shapeK\1utb.",
+    "a dict that is called": b"ccollections\nOrderedDict\n(K\1tR.",
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_files_are_refused_at_once(tmp_path, case):
+    file = tmp_path / "hostile.pth"
+    body = b"".join(pickle.dumps(value, protocol=2) for value in HEAD)
+    keys = pickle.dumps(["0"], protocol=2) + (4).to_bytes(8, "little") + bytes(16)
+    file.write_bytes(body + b"\x80\x02" + HOSTILE[case] + keys)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="hostile.pth is not a valid PyTorch file"):
+            read_tensors(file)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_hostile_files_differ_from_a_good_one_only_by_their_tensors(tmp_path):
+    file = tmp_path / "good.pth"
+    body = b"".join(pickle.dumps(value, protocol=2) for value in HEAD)
+    keys = pickle.dumps(["0"], protocol=2) + (4).to_bytes(8, "little") + bytes(16)
+    file.write_bytes(body + b"\x80\x02" + tensor_of((2, 2), (2, 1)) + keys)
+    np.testing.assert_array_equal(read_tensors(file)["x"], np.zeros((2, 2), np.float32))
