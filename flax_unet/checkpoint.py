@@ -86,9 +86,11 @@ def open_checkpoints(
         cleanup_tmp_directories=not read_only,
         create=not read_only,
     )
+    items = ("state", "variables", "progress")
     try:
-        items = ("state", "variables", "progress")
-        checkpoints = ocp.CheckpointManager(folder, item_names=items, options=options)
+        checkpoints = _patiently(
+            lambda: ocp.CheckpointManager(folder, item_names=items, options=options)
+        )
     except ValueError as error:  # Orbax reads the metrics that version 0.2.0 saved
         raise CheckpointError(f"{folder} is damaged: {error}") from error
     try:
@@ -293,11 +295,20 @@ def _first_sound(checkpoints: ocp.CheckpointManager, which: Which, read: Callabl
 
 def _ranked(checkpoints: ocp.CheckpointManager, which: Which) -> list[int]:
     """The steps on disk now, the wanted one first."""
-    checkpoints.reload()  # a training may have saved and deleted some
+    _patiently(checkpoints.reload)  # a training may have saved and deleted some
     steps = sorted(checkpoints.all_steps(), reverse=True)
     if which == "best":
         steps.sort(key=lambda step: _dice(_folder(checkpoints, step)), reverse=True)
     return steps
+
+
+def _patiently(listing: Callable[[], T]) -> T:
+    """What a listing of the steps returns; again, if a training deleted one meanwhile."""
+    for _ in range(20):
+        with contextlib.suppress(FileNotFoundError):
+            return listing()
+        time.sleep(0.05)
+    return listing()
 
 
 def _vanishes(folder: Path) -> bool:

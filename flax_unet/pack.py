@@ -106,6 +106,7 @@ def save(folder: str | os.PathLike, packed: Packed) -> None:
 
     Raises:
         ValueError: a kernel is not finite in float16, or the model cannot be described.
+        TypeError: `about` is not JSON.
         FileExistsError: the folder already holds a model.
     """
     folder, arrays = Path(folder), {}
@@ -125,10 +126,10 @@ def save(folder: str | os.PathLike, packed: Packed) -> None:
     file = folder / "model.json"
     if file.exists():
         raise FileExistsError(f"{file} exists: choose another folder")
+    text = json.dumps(content | {"checksum": _checksum(content, arrays)}, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(part := folder / "weights.part.npz", **arrays)
     part.replace(folder / "weights.npz")
-    text = json.dumps(content | {"checksum": _checksum(content, arrays)}, indent=2) + "\n"
     (part := folder / "model.json.part").write_text(text)
     part.replace(file)  # last: a folder with this file is whole
 

@@ -296,3 +296,9 @@ def test_no_flipped_bit_of_a_model_is_loaded(tmp_path):
             assert (loaded.model, loaded[2:]) == (good.model, good[2:])
             for a, b in zip(*map(jax.tree.leaves, (loaded[1], good[1])), strict=True):
                 np.testing.assert_array_equal(a, b)
+
+
+def test_nothing_is_left_behind_by_a_model_that_cannot_be_written(tmp_path):
+    with pytest.raises(TypeError, match="int64 is not JSON serializable"):
+        pack.save(tmp_path / "model", packed()._replace(about={"step": np.int64(1)}))
+    assert not (tmp_path / "model").exists()
