@@ -34,7 +34,7 @@ METADATA = "_CHECKPOINT_METADATA"  # the file that Orbax writes into each step
 
 
 class CheckpointError(OSError):
-    """No checkpoint can be restored; the message names the folder."""
+    """A checkpoint cannot be restored or saved; the message names the folder."""
 
 
 def _complete(entry: Path) -> bool:
