@@ -158,8 +158,6 @@ def load(folder: str | os.PathLike) -> Packed:
         content = json.loads((folder / "model.json").read_text())
         model = build(content["model"])
         size = _size(content["image_size"], model)
-        if not isinstance(content["about"], dict):
-            raise ValueError("`about` is not a dict")
         arrays = _read_arrays(folder / "weights.npz", model)
         checksum = content.pop("checksum", None)  # before version 0.3.0 there was none
         if checksum not in (None, _checksum(content, arrays)):

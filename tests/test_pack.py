@@ -254,7 +254,6 @@ def test_arrays_that_are_not_the_models_are_refused_by_name(tmp_path, case):
         ("image_size", 33),
         ("image_size", [64, 64, 64]),
         ("image_size", 64.0),
-        ("about", []),
     ],
 )
 def test_attributes_that_no_model_has_are_refused(tmp_path, key, value):
