@@ -191,12 +191,15 @@ def save(
         dice: validation Dice, for choosing the best; None ranks below every real value.
 
     Raises:
-        CheckpointError: the step that was saved before cannot be read back.
+        CheckpointError: the disk is full, or the step saved before cannot be read back.
     """
     finish(checkpoints, state)
     step = int(state.step)
     if step in checkpoints.all_steps():
         return
+    with _saving(folder := Path(checkpoints.directory), size := _size(state)):
+        if shutil.disk_usage(folder).free < size:  # Orbax would print pages about it
+            raise OSError("the disk is full")
     # The next step donates these buffers, so Orbax gets a copy to write in the background.
     state = jax.tree.map(jnp.copy, state)
     record = {
@@ -216,6 +219,12 @@ def save(
     )
 
 
+def _size(state: TrainState) -> int:
+    """Bytes of a step on disk."""
+    leaves = jax.tree.leaves((state, state.variables))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
 def finish(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
     """Wait until the latest step is on disk, and read it back.
 
@@ -226,9 +235,7 @@ def finish(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
     Raises:
         CheckpointError: it cannot be read back.
     """
-    leaves = jax.tree.leaves((state, state.variables))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    with _saving(Path(checkpoints.directory), size):
+    with _saving(Path(checkpoints.directory), _size(state)):
         checkpoints.wait_until_finished()
     if (step := checkpoints.latest_step()) is not None:
         _read_state(checkpoints, step, state)

@@ -365,3 +365,20 @@ def test_a_reader_beside_a_training_that_deletes_checkpoints_reads_another(tmp_p
             warnings.simplefilter("error")
             for which in ("latest", "best"):
                 assert int(checkpoint.restore(reader, abstract(), which)[0].step) == 4
+
+
+def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        usage = shutil.disk_usage(tmp_path)
+        leaves = jax.tree.leaves((abstract(), abstract().variables))
+        needed = sum(int(np.prod(leaf.shape)) * 4 for leaf in leaves)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+        with pytest.raises(
+            checkpoint.CheckpointError, match="the disk is full; one needs .* MB are"
+        ):
+            checkpoint.save(checkpoints, random_state(1), {}, dice=0.1)
+        assert not [entry for entry in tmp_path.iterdir() if entry.name != "checkpoints"]
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+        checkpoint.save(checkpoints, random_state(1), {}, dice=0.1)
+        checkpoint.finish(checkpoints, abstract())
+        assert int(checkpoint.restore(checkpoints, abstract())[0].step) == 1
