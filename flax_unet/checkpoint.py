@@ -38,7 +38,7 @@ class CheckpointError(OSError):
 
 
 def _complete(entry: Path) -> bool:
-    """Whether an entry of the folder is a step, to which Orbax gave its name."""
+    """Whether an entry of the folder is a complete step."""
     return entry.name.isdigit() and (entry / METADATA).is_file()
 
 
@@ -283,7 +283,7 @@ def restore_variables(
 
 
 def _first_sound(checkpoints: ocp.CheckpointManager, which: Which, read: Callable[[int], T]) -> T:
-    """What `read` makes of the step that is asked for, or of the next one that it can read."""
+    """Call `read` on the wanted step, or on the next one that is not damaged."""
     failures: dict[int, CheckpointError] = {}
     while steps := [step for step in _ranked(checkpoints, which) if step not in failures]:
         try:
@@ -371,7 +371,7 @@ def set_aside_damaged(checkpoints: ocp.CheckpointManager, abstract: TrainState) 
 def _read_state(
     checkpoints: ocp.CheckpointManager, step: int, abstract: TrainState
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state and progress of a step, compared with their checksums.
+    """Read the state and progress of a step, and check them against their checksums.
 
     Raises:
         CheckpointError: they are damaged or of another model or optimizer.
@@ -388,7 +388,7 @@ def _read_state(
 
 
 def _read_variables(checkpoints: ocp.CheckpointManager, step: int, abstract: Any) -> Any:
-    """The variables of a step, compared with their checksum.
+    """Read the variables of a step, and check them against their checksum.
 
     Raises:
         CheckpointError: they are damaged or of another model.

@@ -129,7 +129,7 @@ def _read_array(file: IO[bytes]) -> np.ndarray:
 
 
 def _from_array(array: np.ndarray) -> Image.Image | np.ndarray:
-    """An array of one channel as a picture, if Pillow can hold its values."""
+    """Convert an array of one channel to a picture, if Pillow has a mode for its values."""
     if array.ndim == 3 and array.shape[2] > 1:
         return array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array
     array = array.reshape(array.shape[:2])

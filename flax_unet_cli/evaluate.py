@@ -47,7 +47,7 @@ class Options:
     mask_suffix: str = ""
     """End of the masks' names that the images' names lack."""
     mask_files: MaskFiles | None = None
-    """One mask file for a picture, or one for each class or instance; as in training by default."""
+    """One mask file per picture, class or instance; by default as in training."""
     meaning: MaskFlags = MaskFlags()
     ranges: RangeFlags = RangeFlags()
     kvasir_zip: Path | None = None
