@@ -301,3 +301,14 @@ def test_nothing_is_left_behind_by_a_model_that_cannot_be_written(tmp_path):
     with pytest.raises(TypeError, match="int64 is not JSON serializable"):
         pack.save(tmp_path / "model", packed()._replace(about={"step": np.int64(1)}))
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"image_size": 64', '"image_size": 96'), ("here", "herb")]
+)
+def test_a_changed_model_json_is_found_by_its_checksum(tmp_path, old, new):
+    pack.save(tmp_path, packed())
+    file = tmp_path / "model.json"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(ValueError, match="not what was saved .checksum."):
+        pack.load(tmp_path)
