@@ -4,11 +4,15 @@ Measured on two cores of an AMD EPYC. A formulation is selected per target platf
 is lowered: other platforms get XLA's own convolutions.
 """
 
-from functools import cache, partial, reduce
+from collections.abc import Callable
+from functools import cache, partial, reduce, wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 
 @cache
@@ -31,6 +35,20 @@ def compiler_options() -> dict[str, str]:
     except Exception:  # this XLA does not know the flag; the exception's type differs by version
         return options
     return options | ynn
+
+
+def jit(function: Callable[..., Any], **options: Any) -> Any:
+    """`jax.jit` with `compiler_options`; called by another compiled function, it has that one's."""
+    outermost = jax.jit(function, compiler_options=compiler_options(), **options)
+    inner = jax.jit(function, **options)
+
+    @wraps(outermost)
+    def call(*args: Any) -> Any:
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
+        return (inner if traced else outermost)(*args)
+
+    call.lower, call.trace = outermost.lower, outermost.trace  # type: ignore[attr-defined]
+    return call
 
 
 def convolve(
@@ -104,25 +122,54 @@ def _plain_sum(stride: int, image: jax.Array, kernel: jax.Array) -> jax.Array:
     return reduce(jnp.add, [x * tap[None] for x, tap in zip(shifts, taps, strict=True)])
 
 
-_sum_of_shifts = jax.custom_vjp(_plain_sum, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sum_of_shifts(stride: int, image: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _plain_sum(stride, image, kernel)
 
 
-def _forward(stride: int, image: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
-    return _plain_sum(stride, image, kernel), (image, kernel)
+@_sum_of_shifts.defjvp
+def _(stride: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # The gradient is the transpose of this. Without the barriers XLA recomputes its operands for
+    # every tap, and again for the sums of the norm that follows: a training step takes 2.3 times as
+    # long.
+    image, kernel = jax.lax.optimization_barrier(primals)
+    d_image, d_kernel = jax.lax.optimization_barrier(tangents)
+    taps = d_kernel.astype(jnp.float32).reshape(-1, kernel.shape[-1])
+    shifts = _shifts(image, len(kernel), stride)
+    from_kernel = reduce(jnp.add, map(jnp.multiply, shifts, _repeat(taps, shifts[0].shape[:3])))
+    d_result = _plain_sum(stride, d_image, kernel) + from_kernel.astype(image.dtype)
+    return _sum_of_shifts(stride, image, kernel), jax.lax.optimization_barrier(d_result)
 
 
-def _backward(stride: int, residuals: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Without the barriers XLA recomputes these operands for every tap, and again for the sums of
-    # the norm that follows: a training step takes 2.3 times as long.
-    image, kernel, gradient = jax.lax.optimization_barrier((*residuals, gradient))
-    _, pull = jax.vjp(lambda image: _plain_sum(stride, image, kernel), image)
-    (image_gradient,) = jax.lax.optimization_barrier(pull(gradient))
-    products = [gradient.astype(jnp.float32) * x for x in _shifts(image, len(kernel), stride)]
-    taps = jnp.stack(sums(products, (0, 1, 2)))
-    return image_gradient, taps.reshape(kernel.shape).astype(kernel.dtype)
+def _repeat(taps: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
+    """Each row of `taps` [T, C], repeated to [*shape, C]; its transpose is `sums`."""
+    return _repeat_p.bind(taps, shape=shape)
 
 
-_sum_of_shifts.defvjp(_forward, _backward)
+def _repeat_plainly(taps: jax.Array, *, shape: tuple[int, ...]) -> list[jax.Array]:
+    return [jnp.broadcast_to(tap, (*shape, taps.shape[-1])) for tap in taps]
+
+
+def _repeat_transposed(gradients: Any, taps: Any, *, shape: tuple[int, ...]) -> list[jax.Array]:
+    zeros = jnp.zeros((*shape, taps.aval.shape[-1]))
+    arrays = [zeros if type(x) is ad.Zero else x for x in gradients]
+    return [jnp.stack(sums(arrays, tuple(range(len(shape)))))]
+
+
+def _repeat_batched(args: Any, axes: Any, *, shape: tuple[int, ...]) -> tuple[Any, list[int]]:
+    repeated = jax.vmap(partial(_repeat_plainly, shape=shape), axes)(*args)
+    return repeated, [0] * len(repeated)
+
+
+_repeat_p = Primitive("repeat")
+_repeat_p.multiple_results = True
+_repeat_p.def_impl(_repeat_plainly)
+_repeat_p.def_abstract_eval(
+    lambda taps, shape: [taps.update(shape=(*shape, taps.shape[-1]))] * taps.shape[0]
+)
+ad.deflinear2(_repeat_p, _repeat_transposed)
+batching.primitive_batchers[_repeat_p] = _repeat_batched
+mlir.register_lowering(_repeat_p, mlir.lower_fun(_repeat_plainly))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -87,7 +87,8 @@ class MBConv(nn.Module):
         block_input, width = x, self.expansion * x.shape[-1]
         if self.expansion > 1:
             x = nn.relu6(pointwise(x, width, "expand"))
-        kernel = self.param("depthwise", he_normal, (self.kernel, self.kernel, 1, width))
+        shape = self.kernel, self.kernel, 1, width
+        kernel = self.param("depthwise", he_normal, shape, jnp.float32)
         x = cpu.depthwise(x, kernel.astype(x.dtype), self.stride)
         x = nn.relu6(norm(x, "depthwise"))
         x = pointwise(x, self.features, "project")

@@ -25,7 +25,7 @@ from flax_unet.formats import MaskFormat
 from flax_unet.images import ImageFormat
 from flax_unet.losses import bce
 from flax_unet.model import accepted
-from flax_unet.train import Loss, make_eval_step
+from flax_unet.train import Loss, make_eval_step, make_forward, make_losses
 
 RATIOS = (metrics.dice, metrics.iou, metrics.precision, metrics.recall)
 #: Polyp size classes by fraction of the picture: [low, high).
@@ -166,7 +166,7 @@ def score(
         matrix = np.bincount(true[counted].astype(int) * k + predicted[counted], minlength=k * k)
         return scores, reliability, matrix.reshape(k, k)
 
-    step: Any = None
+    forward, losses = None, make_losses(loss_fn)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(source), batch_size):
             index = range(start, min(start + batch_size, len(source)))
@@ -174,13 +174,13 @@ def score(
             image, mask = np.stack(resized), np.stack(masks)
             rows, weight = data.pad(np.arange(len(index)), batch_size)
             batch = {"image": image[rows], "mask": mask[rows], "weight": weight}
-            if step is None:  # compiled before it is timed
-                step = _eval_step(model, loss_fn)
-                step = step.lower(variables, batch).compile()
+            if forward is None:  # compiled before it is timed
+                forward = make_forward(model).lower(variables, batch).compile()
             began = time.perf_counter()
-            result = jax.block_until_ready(step(variables, batch))
+            result = jax.block_until_ready(forward(variables, batch))
             seconds = time.perf_counter() - began
             logits = result.pop("logits")
+            result["loss"] = losses(logits, batch)
             proba = np.asarray(classes.probabilities(logits, overlapping=overlapping))[: len(index)]
             classes.check_mask(mask, proba.shape[-1])
             own_size, counts, matrices = zip(*pool.map(at_own_size, proba, true), strict=True)

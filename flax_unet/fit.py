@@ -56,6 +56,7 @@ def fit(
     stop: Callable[[], Any] = lambda: False,
     accumulate: int = 1,
     remat: bool = False,
+    frozen: Sequence[str] = (),
     mesh: Mesh | None = None,
 ) -> Iterator[Epoch]:
     """Train from a state to the last epoch.
@@ -77,7 +78,7 @@ def fit(
         on_step: called with the number of images and the record of each step.
         stop: called after each step and each epoch; if true, the epoch is yielded as it is, as the
             last one.
-        augment, accumulate, remat, mesh: see `train.make_train_step`.
+        augment, accumulate, remat, frozen, mesh: see `train.make_train_step`.
 
     Yields:
         Each epoch.
@@ -88,7 +89,14 @@ def fit(
             the images or masks have other values than the model needs.
     """
     step_fn = make_train_step(
-        model, tx, loss_fn, augment=augment, accumulate=accumulate, remat=remat, mesh=mesh
+        model,
+        tx,
+        loss_fn,
+        augment=augment,
+        accumulate=accumulate,
+        remat=remat,
+        frozen=frozen,
+        mesh=mesh,
     )
     steps_per_epoch, step, rows = -(-n // batch_size), int(state.step), list(records)
     if step % steps_per_epoch != len(rows) % steps_per_epoch:

@@ -37,8 +37,11 @@ def bce(logits: jax.Array, mask: jax.Array, pixel_weight: jax.Array | None = Non
         )
     labels, counts = classes.truth(mask, logits.shape[-1]), classes.counted(mask)
     logits = logits.astype(jnp.float32)
-    # -y log s(x) - (1 - y) log(1 - s(x)), rearranged so that the exponential cannot overflow
-    entropy = jnp.maximum(logits, 0) - logits * labels + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    # -y log s(x) - (1 - y) log(1 - s(x)), rearranged so that the exponential cannot overflow. With
+    # `maximum` and `abs` the gradient at a logit of 0 would be wrong by 0.5.
+    positive = logits >= 0
+    softplus = jnp.log1p(jnp.exp(jnp.where(positive, -logits, logits)))
+    entropy = jnp.where(positive, logits, 0) - logits * labels + softplus
     return _mean(entropy, counts, pixel_weight)
 
 

@@ -79,8 +79,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, _, _, c = x.shape
-        scale = self.param("scale", nn.initializers.ones, (c,))
-        bias = self.param("bias", nn.initializers.zeros, (c,))
+        scale = self.param("scale", nn.initializers.ones, (c,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)
 
         def group_mean(moment: jax.Array) -> jax.Array:
             per_group = moment.reshape(b, -1, self.group_size).mean(-1)
@@ -93,6 +93,7 @@ class GroupNorm(nn.Module):
 
 def warm_up(decay: float, step: jax.Array) -> jax.Array:
     """The decay of a moving average at update `step` (from 0): at most (1 + step) / (10 + step)."""
+    step = jnp.asarray(step, jnp.float32)  # also with 64 bits enabled
     return jnp.minimum(decay, (1 + step) / (10 + step))
 
 
@@ -118,11 +119,11 @@ class BatchNorm(nn.Module):
         step: jax.Array | None = None,
     ) -> jax.Array:
         b, _, _, c = x.shape
-        scale = self.param("scale", nn.initializers.ones, (c,))
-        bias = self.param("bias", nn.initializers.zeros, (c,))
+        scale = self.param("scale", nn.initializers.ones, (c,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)
         averages = [
-            self.variable("batch_stats", "mean", jnp.zeros, (c,)),
-            self.variable("batch_stats", "variance", jnp.ones, (c,)),
+            self.variable("batch_stats", "mean", jnp.zeros, (c,), jnp.float32),
+            self.variable("batch_stats", "variance", jnp.ones, (c,), jnp.float32),
         ]
         if train:
             weight = jnp.ones(b) if weight is None else weight
@@ -199,8 +200,8 @@ class ConvTranspose(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         (b, h, w, c), s = x.shape, self.stride
-        kernel = self.param("kernel", glorot_uniform, (s, s, c, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", glorot_uniform, (s, s, c, self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         # Flattened to two dimensions: with more, XLA transposes the operands for the gradients.
         x = x.reshape(-1, c) @ kernel.transpose(2, 0, 1, 3).reshape(c, -1)
@@ -232,11 +233,11 @@ def space_to_depth(x: jax.Array, size: int) -> jax.Array:
     return x.reshape(b, h // size, w // size, -1)
 
 
-def accepted(module: Any, **options: Any) -> dict[str, Any]:
-    """Those of the keyword arguments that the module's `__call__` accepts."""
-    if not callable(module):  # `predict.Mirrored`, which has an `apply` only
+def accepted(function: Any, **options: Any) -> dict[str, Any]:
+    """Those of the keyword arguments that a function or a module accepts."""
+    if not callable(function):  # `predict.Mirrored`, which has an `apply` only
         return {}
-    parameters = inspect.signature(module.__call__).parameters
+    parameters = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return options
     return {name: value for name, value in options.items() if name in parameters}

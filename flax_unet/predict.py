@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.errors import ScopeParamShapeError
+from jax.core import Tracer
 
-from flax_unet import classes, images, pictures
-from flax_unet.cpu import compiler_options
+from flax_unet import classes, cpu, images, pictures
 from flax_unet.images import ImageFormat
 from flax_unet.model import accepted
 from flax_unet.pictures import Content
@@ -57,7 +57,7 @@ def _apply(model: Any) -> Any:
         logits: Any = model.apply(variables, pictures.as_float(image), **inference)
         return classes.probabilities(logits, overlapping=classes.is_overlapping(model))
 
-    return jax.jit(proba, compiler_options=compiler_options())
+    return cpu.jit(proba)
 
 
 def predict_proba(model: Any, variables: Any, image: Any) -> jax.Array:
@@ -81,18 +81,21 @@ def predict_proba(model: Any, variables: Any, image: Any) -> jax.Array:
         Float32 [H, W, K] or [B, H, W, K] in [0, 1]; `classes.decide` makes masks of them.
 
     Raises:
-        ValueError: the image has another rank, type, range or number of channels.
+        ValueError: the image has another rank, type, range or number of channels; inside of other
+            JAX transformations its range is not checked.
     """
-    image = np.asarray(image)
+    traced = isinstance(image, Tracer)  # inside of jit, grad or vmap
+    image = image if traced else np.asarray(image)
     if image.ndim not in (3, 4):
         raise ValueError(f"image has shape {image.shape}: it must be [H, W, C] or [B, H, W, C]")
-    if image.dtype != np.uint8 and not ((image >= 0) & (image <= 1)).all():
+    if image.dtype != np.uint8 and not traced and not ((image >= 0) & (image <= 1)).all():
         span = f"{image.min()} to {image.max()}"
         raise ValueError(f"image has values from {span}: use uint8, or float in [0, 1]")
     batch = image if image.ndim == 4 else image[None]
     height, width = batch.shape[1:3]
     bottom, right = -height % model.stride, -width % model.stride
-    padded = np.pad(batch, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
+    pad = jnp.pad if traced else np.pad  # NumPy's compiles nothing for each size
+    padded = pad(batch, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
     try:
         proba = _apply(model)(variables, padded)[:, :height, :width]
     except ScopeParamShapeError as error:

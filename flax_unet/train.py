@@ -6,8 +6,9 @@ A batch is a dict: `image` [B, H, W, C], uint8 or float in [0, 1]; `mask` uint8,
 A `pixel_weight` [B, H, W, 1] is passed on to the loss.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -18,10 +19,10 @@ import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from optax.contrib import ScheduleFreeState
 
-from flax_unet import classes, metrics
+from flax_unet import classes, cpu, metrics
 from flax_unet.augment import Augment
-from flax_unet.cpu import compiler_options
 from flax_unet.model import accepted, warm_up
 from flax_unet.pictures import as_float
 
@@ -41,13 +42,19 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Variables for `model.apply`; with averaged parameters if the optimizer averages them.
+        """Variables for `model.apply`.
 
-        Batch statistics are not averaged a second time: they are those of the latest parameters.
+        The parameters are the averaged ones if the optimizer has some: `average_params`, or
+        `optax.contrib.schedule_free`. Batch statistics are not averaged a second time: they are
+        those of the latest parameters.
         """
         params = self.params
-        for node in jax.tree.leaves(self.opt_state, is_leaf=_is_average):
-            params = node.params if _is_average(node) else params
+        for node in jax.tree.leaves(self.opt_state, is_leaf=_has_average):
+            if isinstance(node, Average):
+                params = _where_given(node.params, params)
+            elif isinstance(node, ScheduleFreeState):
+                z = _where_given(node.z, params)
+                params = optax.contrib.schedule_free_eval_params(node._replace(z=z), params)
         return {"params": params, **self.model_state}
 
 
@@ -59,8 +66,17 @@ class Average:
     params: Any
 
 
-def _is_average(node: Any) -> bool:
-    return isinstance(node, Average)
+def _has_average(node: Any) -> bool:
+    return isinstance(node, Average | ScheduleFreeState)
+
+
+def _where_given(new: Any, old: Any) -> Any:
+    """The leaves of `new`, and those of `old` where an optimizer was given none."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return jax.tree.map(lambda n, o: o if is_masked(n) else n, new, old, is_leaf=is_masked)
 
 
 def average_params(decay: float) -> optax.GradientTransformation:
@@ -85,6 +101,35 @@ def average_params(decay: float) -> optax.GradientTransformation:
         return updates, Average(state.count + 1, average)
 
     return optax.GradientTransformation(init, update)
+
+
+def freeze(
+    tx: optax.GradientTransformation, frozen: Sequence[str]
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer for all parameters but those of some modules, which it does not see.
+
+    Args:
+        tx: an optimizer.
+        frozen: names of modules, such as "encoder" or "encoder/block0".
+
+    Raises:
+        ValueError: when it is applied, there is no module of such a name.
+    """
+
+    def labels(params: Any) -> Any:
+        names = ["/".join(path) for path in flatten_dict(params)]
+        for name in frozen:
+            if not any(_is_within(each, [name]) for each in names):
+                modules = ", ".join(sorted(params))
+                raise ValueError(f"frozen: there is no module {name!r}: the modules are {modules}")
+        flat = {each: "frozen" if _is_within(each, frozen) else "trained" for each in names}
+        return unflatten_dict(flat, sep="/")
+
+    return optax.multi_transform({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+
+
+def _is_within(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}/") for module in modules)
 
 
 def create_train_state(
@@ -157,9 +202,14 @@ def start_from(state: TrainState, tx: optax.GradientTransformation, variables: A
     if wrong:
         raise ValueError("the variables are not this model's: " + ", ".join(sorted(wrong)))
     # Copied because the state is donated.
-    model_state = jax.tree.map(lambda x: jnp.array(x, x.dtype), unflatten_dict(new, sep="/"))
+    model_state = _copy(unflatten_dict(new, sep="/"))
     params = model_state.pop("params")
-    return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
+    opt_state = _copy(tx.init(params))  # some begin as the parameters, which are donated with it
+    return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state)
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.array(x, x.dtype), tree)
 
 
 def train_step(
@@ -172,6 +222,7 @@ def train_step(
     loss_fn: Loss,
     augment: Augment | None = None,
     accumulate: int = 1,
+    frozen: Sequence[str] = (),
 ) -> tuple[TrainState, dict[str, Any]]:
     """One update of the parameters.
 
@@ -181,14 +232,16 @@ def train_step(
         key: the run's PRNG key, the same for every step.
         model: a Linen module called with an image, and with `train=True`, `weight=weight` and
             `step=state.step` if its `__call__` accepts them; `weight` keeps padding images out of
-            batch statistics.
-            Dropout keys come from `rngs={"dropout": key}`.
-        tx: the optimizer.
+            batch statistics. Dropout keys come from `rngs={"dropout": key}`.
+        tx: the optimizer. If it takes them, it is given `value`, `grad`, `value_fn` and `grad_fn`:
+            the loss, its gradient, and both as functions of the parameters.
         loss_fn: see `Loss`; the mask is float32.
         augment: (key, image, mask) to (image, mask).
         accumulate: number of micro-batches, which run in sequence to save memory (gradient
             accumulation). The update is that of the entire batch, unless images interact (batch
             norm).
+        frozen: names of modules that run as with `train=False` and keep their batch statistics;
+            their parameters stay too if `tx` is `freeze(tx, frozen)`.
 
     Returns:
         The next state, and a dict: `loss` (mean over the images of weight 1), `iou_coef` and
@@ -217,13 +270,14 @@ def train_step(
 
     def total_loss(params: Any, model_state: Any, micro_batch: Any) -> tuple[jax.Array, Any]:
         image, mask, micro_weight, *extra, key = micro_batch
-        logits, model_state = model.apply(
-            {"params": params, **model_state},
-            image,
-            rngs={"dropout": key},
-            mutable=list(model_state),
-            **_training_arguments(model, micro_weight, state.step),
-        )
+        with nn.intercept_methods(partial(_without_training, frozen)):
+            logits, model_state = model.apply(
+                {"params": params, **model_state},
+                image,
+                rngs={"dropout": key},
+                mutable=list(model_state),
+                **_training_arguments(model, micro_weight, state.step),
+            )
         loss = loss_fn(logits, mask, *extra)
         _check_loss(loss, micro_weight)
         return (micro_weight * loss).sum() / images, (logits, model_state)
@@ -236,22 +290,35 @@ def train_step(
         return (loss + more, optax.tree.add(grads, more_grads), model_state), logits
 
     if accumulate == 1:
-        batch_parts = image, mask, weight, *extra, dropout_key
+        micro_batches = image, mask, weight, *extra, dropout_key
         (loss, (logits, model_state)), grads = gradient(
-            state.params, state.model_state, batch_parts
+            state.params, state.model_state, micro_batches
         )
     else:
         # Image i goes to micro-batch i % accumulate: each has images of all devices.
-        micro_batches = [
+        arrays = [
             x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
             for x in (image, mask, weight, *extra)
         ]
-        zeros = jnp.zeros(()), optax.tree.zeros_like(state.params), state.model_state
-        (loss, grads, model_state), logits = jax.lax.scan(
-            add_gradient, zeros, (*micro_batches, jax.random.split(dropout_key, accumulate))
-        )
+        micro_batches = *arrays, jax.random.split(dropout_key, accumulate)
+        zeros = jnp.zeros((), jnp.float32), optax.tree.zeros_like(state.params), state.model_state
+        (loss, grads, model_state), logits = jax.lax.scan(add_gradient, zeros, micro_batches)
         logits = logits.swapaxes(0, 1).reshape(-1, *logits.shape[2:])
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+
+    # Optax's line searches demand that it takes whatever else they are given.
+    def value_fn(params: Any, grad_fn: Any = None) -> jax.Array:
+        def loss(micro_batch: Any) -> jax.Array:
+            return total_loss(params, state.model_state, micro_batch)[0]
+
+        if accumulate == 1:
+            return loss(micro_batches)
+        return jax.lax.map(loss, micro_batches).sum()
+
+    def grad_fn(params: Any, _: Any) -> Any:
+        return jax.grad(value_fn)(params)
+
+    extra_args = accepted(tx.update, value=loss, grad=grads, value_fn=value_fn, grad_fn=grad_fn)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra_args)
     params = optax.apply_updates(state.params, updates)
     result = {
         "loss": loss,
@@ -259,6 +326,18 @@ def train_step(
         "update_norm": optax.tree.norm(updates),
     }
     return TrainState(state.step + 1, params, model_state, opt_state), result
+
+
+def _without_training(
+    frozen: Sequence[str], call: Any, args: Any, kwargs: Any, context: Any
+) -> Any:
+    """A call inside of `nn.intercept_methods`, with `train=False` in frozen modules."""
+    if not _is_within("/".join(context.module.path), frozen):
+        return call(*args, **kwargs)
+    bound = inspect.signature(call).bind(*args, **kwargs)
+    if "train" in bound.arguments:
+        bound.arguments["train"] = False
+    return call(*bound.args, **bound.kwargs)
 
 
 def _training_arguments(model: nn.Module, weight: jax.Array, step: jax.Array) -> dict[str, Any]:
@@ -290,18 +369,28 @@ def _batch_metrics(
 
 def eval_step(variables: Any, batch: Batch, *, model: Any, loss_fn: Loss) -> dict[str, Any]:
     """A batch's `loss` per image [B], `iou_coef`, `confusion` [B, C] and `logits` [B, H, W, C]."""
-    image, mask, weight, *extra = _take(batch)
+    result = _forward(variables, batch, model=model)
+    return {**result, "loss": _losses(result["logits"], batch, loss_fn=loss_fn)}
+
+
+def _forward(variables: Any, batch: Batch, *, model: Any) -> dict[str, Any]:
+    image, mask, weight, *_ = _take(batch)
     logits: Any = model.apply(variables, as_float(image), **accepted(model, train=False))
-    mask = mask.astype(jnp.float32)
-    loss = loss_fn(logits, mask, *extra)
+    return {**_batch_metrics(model, logits, mask.astype(jnp.float32), weight), "logits": logits}
+
+
+def _losses(logits: jax.Array, batch: Batch, *, loss_fn: Loss) -> jax.Array:
+    _, mask, weight, *extra = _take(batch)
+    loss = loss_fn(logits, mask.astype(jnp.float32), *extra)
     _check_loss(loss, weight)
-    return {"loss": loss, **_batch_metrics(model, logits, mask, weight), "logits": logits}
+    return loss
 
 
 def _take(batch: Batch) -> list[jax.Array]:
     """Image, mask, weight and perhaps pixel weight, gathered from the data set by the `index`."""
     keys = ["image", "mask", "weight", *(["pixel_weight"] if "pixel_weight" in batch else [])]
     arrays = {key: jnp.asarray(batch[key]) for key in keys}
+    arrays["weight"] = arrays["weight"].astype(jnp.float32)  # also with 64 bits enabled
     if "index" in batch:
         for key in keys:  # in order: that of a set differs between processes, and so would the code
             if key != "weight":
@@ -325,6 +414,7 @@ def make_train_step(
     augment: Augment | None = None,
     remat: bool = False,
     accumulate: int = 1,
+    frozen: Sequence[str] = (),
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Compile `train_step`. The state passed to it is donated: use the one that it returns.
@@ -340,7 +430,7 @@ def make_train_step(
     (1, (4, 1))
 
     Args:
-        model, tx, loss_fn, augment, accumulate: see `train_step`.
+        model, tx, loss_fn, augment, accumulate, frozen: see `train_step`.
         remat: rematerialise the blocks in the backward pass: less memory, more time. The model
             needs a `remat` attribute.
         mesh: devices over which the arrays of a batch (or the resident data set) are split along
@@ -349,28 +439,55 @@ def make_train_step(
     """
     model = model.clone(remat=True) if remat else model
     step = partial(
-        train_step, model=model, tx=tx, loss_fn=loss_fn, augment=augment, accumulate=accumulate
+        train_step,
+        model=model,
+        tx=tx,
+        loss_fn=loss_fn,
+        augment=augment,
+        accumulate=accumulate,
+        frozen=tuple(frozen),
     )
     replicated, split = _shardings(mesh)
-    return jax.jit(
+    return cpu.jit(
         step,
         in_shardings=(replicated, split, replicated),
         out_shardings=replicated,
         donate_argnums=0,
-        compiler_options=compiler_options(),
     )
 
 
 def make_eval_step(
     model: Any, loss_fn: Loss, *, mesh: Mesh | None = None
 ) -> Callable[[Any, Batch], dict[str, Any]]:
-    """Compile `eval_step`; see `make_train_step`."""
+    """Compile `eval_step`; see `make_train_step`.
+
+    The network is compiled apart from the loss: once for all losses, which may be made on the spot.
+    """
+    losses = make_losses(loss_fn, mesh)
+
+    def step(variables: Any, batch: Batch) -> dict[str, Any]:
+        result = make_forward(model, mesh)(variables, batch)
+        return {**result, "loss": losses(result["logits"], batch)}
+
+    return step
+
+
+@lru_cache(maxsize=8)
+def make_forward(model: Any, mesh: Mesh | None = None) -> Any:
+    """Compile what `eval_step` does but for the loss: (variables, batch) to a dict."""
     replicated, split = _shardings(mesh)
-    return jax.jit(
-        partial(eval_step, model=model, loss_fn=loss_fn),
+    return cpu.jit(
+        partial(_forward, model=model), in_shardings=(replicated, split), out_shardings=replicated
+    )
+
+
+def make_losses(loss_fn: Loss, mesh: Mesh | None = None) -> Callable[..., jax.Array]:
+    """Compile a loss: (logits, batch) to the loss per image, [B]."""
+    replicated, split = _shardings(mesh)
+    return cpu.jit(
+        partial(_losses, loss_fn=loss_fn),
         in_shardings=(replicated, split),
         out_shardings=replicated,
-        compiler_options=compiler_options(),
     )
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from flax_unet import boundary, data, evaluate, formats, images, metrics, predict
 from flax_unet.images import RGB
-from flax_unet.losses import bce_soft_dice
+from flax_unet.losses import bce, bce_soft_dice
 from flax_unet.model import UNet
 from flax_unet.pictures import DataError
 
@@ -264,3 +264,20 @@ def test_the_cost_is_counted():
     products = 16 * 16 * 9 * (3 * 4 + 8 * 4) + 8 * 8 * (9 * 4 * 8 + 8 * 16) + 16 * 16 * 4
     assert cost["gflop_per_image"] == pytest.approx(2 * products / 1e9, rel=0.15)
     assert cost["images_per_second"] > 0
+
+
+def test_a_loss_made_on_the_spot_does_not_compile_the_network_again():
+    traced = []
+
+    class Counted(Bright):
+        def apply(self, variables, image):
+            traced.append(image.shape)
+            return super().apply(variables, image)
+
+    model, arrays = Counted(), random_arrays(4)
+    values = [
+        evaluate.evaluate(model, {}, arrays, loss_fn=lambda x, y, k=k: k * bce(x, y))[0]["loss"]
+        for k in (1, 2, 3)
+    ]
+    np.testing.assert_allclose(values, values[0] * np.array([1, 2, 3]), rtol=1e-6)
+    assert len(traced) == 1

@@ -232,6 +232,7 @@ def test_accumulate_remat_and_augment_are_those_of_the_step(arrays, monkeypatch)
     monkeypatch.setattr(fit, "make_train_step", spy)
     model = UNet((2, 4), convs=1)
     options = {"accumulate": 2, "remat": True, "augment": augment.random_flips, "mesh": None}
+    options["frozen"] = ("down0",)
     list(epochs_of(arrays, model=model, epochs=1, **options))
     assert passed == options
 

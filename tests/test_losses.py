@@ -56,3 +56,11 @@ def test_shapes_are_not_broadcast(loss):
         loss(jnp.zeros((2, 4, 4, 1)), jnp.zeros((2, 4, 4)))
     with pytest.raises(ValueError, match=r"\(2, 4, 4, 1\).*\(1, 4, 4, 1\)"):
         loss(jnp.zeros((2, 4, 4, 1)), jnp.zeros((1, 4, 4, 1)))
+
+
+def test_the_gradient_of_bce_is_the_probability_minus_the_label_also_at_0():
+    logits = np.array([-90, -2, -1e-9, -0.0, 0.0, 1e-9, 2, 90], np.float32).reshape(1, 1, 8, 1)
+    for label in (0.0, 1.0, 0.3):
+        gradient = jax.grad(lambda x, y=label: bce(x, jnp.full(x.shape, y)).sum())(logits)
+        expected = (1 / (1 + np.exp(-logits.astype(np.float64))) - label) / 8
+        np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-9)

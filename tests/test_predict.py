@@ -126,3 +126,16 @@ def test_pictures_of_the_models_channels_are_segmented_and_others_refused(channe
     five = MODEL.init(jax.random.key(0), jnp.zeros((1, 16, 16, 5)))
     with pytest.raises(ValueError, match="neither 3, 1 nor 4 channels: give image_format"):
         predict.predict_picture(MODEL, five, picture, 16)
+
+
+def test_predictions_are_made_inside_of_other_transformations(variables):
+    predict_image = lambda image: predict.predict_proba(MODEL, variables, image)  # noqa: E731
+    square = image(7, 6, 3, seed=1) / np.float32(255)
+    expected = predict_image(square)
+    np.testing.assert_allclose(jax.jit(predict_image)(square), expected, rtol=1e-6)
+    both = jax.vmap(predict_image)(np.stack([square, square]))
+    np.testing.assert_allclose(both, np.stack([expected] * 2), rtol=1e-5)
+    ahead = jax.jvp(predict_image, (square,), (np.ones_like(square),))[1].sum()
+    np.testing.assert_allclose(
+        ahead, jax.grad(lambda x: predict_image(x).sum())(square).sum(), rtol=1e-3
+    )
