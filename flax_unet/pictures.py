@@ -4,8 +4,9 @@ Throughout the library a *picture* is a file or what Pillow makes of it, an *ima
 """
 
 import io
+import stat
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,11 @@ import PIL
 from PIL import ExifTags, Image, ImageOps, ImageSequence
 
 #: Pictures with more pixels are refused before they are decoded.
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 89_000_000
+#: Larger files are refused before they are read.
+MAX_BYTES = 1_000_000_000
+#: What Pillow may try. It knows 30 more formats, and starts other programs for some of them.
+FORMATS = "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"
 
 
 class DataError(ValueError):
@@ -38,7 +43,7 @@ def open_picture(data: bytes | Path, name: str) -> Image.Image:
     """Decode a picture and apply its EXIF orientation, kept in `info["orientation"]`.
 
     Args:
-        data: its encoded bytes, or its file: of a format that Pillow reads, or `.npy` [H, W].
+        data: its encoded bytes, or its file: one of `FORMATS`, or `.npy` [H, W].
         name: what error messages call it.
 
     Raises:
@@ -67,11 +72,11 @@ def open_content(data: bytes | Path, name: str, *, decode: bool = True) -> Conte
         DataError: as `open_picture`, but for arrays and pages.
     """
     try:
-        file = io.BytesIO(data if isinstance(data, bytes) else data.read_bytes())
+        file = io.BytesIO(data if isinstance(data, bytes) else _read_file(data))
         if file.read(6) == b"\x93NUMPY":
             return _from_array(_read_array(file))
         file.seek(0)
-        picture = Image.open(file)
+        picture = Image.open(file, formats=FORMATS)
         frames = getattr(picture, "n_frames", 1)
         several = frames > 1 and picture.format != "MPO"  # a JPEG with previews
         _check_size(picture.width, picture.height, frames if several else 1)
@@ -89,7 +94,11 @@ def open_content(data: bytes | Path, name: str, *, decode: bool = True) -> Conte
             ImageOps.exif_transpose(picture, in_place=True)  # in place: a copy has no format
         return picture
     except Exception as error:  # Pillow's decoders raise a dozen kinds on a broken file
-        reason = "unknown format" if isinstance(error, PIL.UnidentifiedImageError) else error
+        reason: Any = error
+        if isinstance(error, PIL.UnidentifiedImageError):
+            reason = f"neither .npy nor {', '.join(FORMATS)}"
+        elif isinstance(error, OSError) and error.strerror:  # without the name a second time
+            reason = error.strerror
         raise DataError(f"{name}: not a readable picture ({reason})") from error
 
 
@@ -103,6 +112,15 @@ def size_of(content: Content) -> tuple[int, int]:
     if isinstance(content, np.ndarray):
         return content.shape[1], content.shape[0]
     return (content[0] if isinstance(content, list) else content).size
+
+
+def _read_file(file: Path) -> bytes:
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, for ever
+        raise DataError("not a file")
+    if status.st_size > MAX_BYTES:
+        raise DataError(f"{status.st_size:,} bytes, more than {MAX_BYTES:,}: make it smaller")
+    return file.read_bytes()
 
 
 def _check_size(width: int, height: int, pages: int) -> None:
@@ -156,7 +174,10 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     if image.dtype == np.uint8 and image.shape[2] == 3:  # all at once
         return resize(image)
-    return np.stack([resize(channel) for channel in np.moveaxis(image, -1, 0)], axis=-1)
+    result = np.empty((*size, image.shape[2]), image.dtype)
+    for channel in range(image.shape[2]):
+        result[..., channel] = resize(image[..., channel])
+    return result
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

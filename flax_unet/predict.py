@@ -36,6 +36,10 @@ class Mirrored:
         return self.model.stride
 
     @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+    @property
     def overlapping(self) -> bool:
         return classes.is_overlapping(self.model)
 

@@ -3,10 +3,13 @@
 import importlib
 import sys
 
+from flax_unet_cli import interrupt
+
 PROGRAMS = ("train", "evaluate", "predict", "export", "ablate", "data_efficiency")
 
 
 def main() -> int:
+    interrupt.watch()
     program = [name.replace("-", "_") for name in sys.argv[1:2]]
     if not program or program[0] not in PROGRAMS:
         if program and program[0] not in ("_h", "__help"):

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 import tyro
+from PIL import Image
 
 T = TypeVar("T")
 
@@ -79,6 +80,8 @@ def keep_compiled() -> None:
         kind = hashlib.sha256("".join(features[:1] or text).encode()).hexdigest()[:16]
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / f"xla-{kind}"))
     warnings.showwarning = _show_and_repair
+    # What `pictures` refuses needs no warning of Pillow's before.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 _show_warning = warnings.showwarning

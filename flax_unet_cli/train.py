@@ -25,7 +25,8 @@ from flax_unet.images import ImageFormat
 from flax_unet.pictures import DataError
 from flax_unet.predict import predict_proba
 from flax_unet.recipes import RECIPES, Recipe, Training
-from flax_unet_cli import program
+from flax_unet.train import make_forward
+from flax_unet_cli import interrupt, program
 from flax_unet_cli.sources import (
     ImageFlags,
     MaskFlags,
@@ -101,7 +102,7 @@ def run(options: Options) -> int:
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
     with (
         runs.locked(workdir) as check,
-        signals_collected() as stop,  # also while the last checkpoint is being written
+        interrupt.signals_collected() as stop,  # also while the last checkpoint is being written
         checkpoint.open_checkpoints(workdir / "checkpoints") as checkpoints,
     ):
         content, changes = runs.check_workdir(workdir, content)
@@ -236,23 +237,6 @@ def summarise_data(sources: Sources, pictures: Pictures, mask_format: MaskFormat
     }
 
 
-@contextlib.contextmanager
-def signals_collected() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list instead of exiting; a second signal exits."""
-    signals: list[int] = []
-
-    def collect(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        signals.append(number)
-
-    before = {number: signal.signal(number, collect) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def train(
     options: Options,
     training: Training,
@@ -279,6 +263,9 @@ def train(
         print(f"all {first} epochs are done" + ("" if fixed else "; ask for more with --epochs"))
     resident = data.to_device(validation)
     due = 0.0  # when to draw the curves again
+    if first < settings.epochs:
+        print("compiling; the first time takes up to a minute", flush=True)
+        compile_evaluation(training, state.variables, resident, settings.batch_size)
 
     bar = tqdm(
         desc=f"epoch {first + 1}/{settings.epochs}",
@@ -291,6 +278,7 @@ def train(
     )
 
     def on_step(images: int, record: dict[str, Any]) -> None:
+        interrupt.unsaved.set()
         bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         bar.update(images)
 
@@ -354,6 +342,15 @@ def train(
                 bar.initial = 0
                 bar.reset()
     checkpoint.finish(checkpoints, state)
+
+
+def compile_evaluation(
+    training: Training, variables: Any, arrays: data.Arrays, batch_size: int
+) -> None:
+    """Compile what follows an epoch before there are steps that an interruption would lose."""
+    batch = next(iter(data.batches(arrays, batch_size)))
+    jax.block_until_ready(make_forward(training.model)(variables, batch))
+    predict_proba(training.model, variables, np.asarray(arrays.image[:4]))
 
 
 def metrics_line(

@@ -1,6 +1,7 @@
 """Decoding, converting and resizing of pictures."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -40,7 +41,9 @@ def test_the_exif_orientation_is_applied():
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
-        (b"", "eye: not a readable picture .unknown format"),
+        (b"", "eye: not a readable picture .neither .npy nor BMP, GIF, JPEG"),
+        # A format of Pillow's that starts another program, Ghostscript.
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "eye: .*neither"),
         (b"GIF89a", "eye: not a readable picture"),
         (encode(rgb())[:-30], "eye: not a readable picture"),
     ],
@@ -54,6 +57,18 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(pictures, "MAX_PIXELS", 63)
     with pytest.raises(DataError, match="eye: .*8 x 8 pixels, more than 63"):
         open_picture(encode(rgb()), "eye")
+
+
+def test_a_file_that_is_no_file_or_too_large_is_refused(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, words in (("pipe.png", "not a file"), ("gone.png", "No such file or directory.$")):
+        with pytest.raises(DataError, match=f"pipe: not a readable picture .{words}"):
+            open_picture(tmp_path / name, "pipe")
+    (tmp_path / "eye.png").write_bytes(encode(rgb()))
+    assert open_picture(tmp_path / "eye.png", "eye").size == (8, 8)
+    monkeypatch.setattr(pictures, "MAX_BYTES", 20)
+    with pytest.raises(DataError, match="eye: .* bytes, more than 20: make it smaller"):
+        open_picture(tmp_path / "eye.png", "eye")
 
 
 def test_a_picture_with_damaged_exif_is_named(monkeypatch):

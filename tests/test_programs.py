@@ -803,6 +803,45 @@ def test_prediction_overwrites_no_picture(undisturbed, tmp_path, capsys):
     assert (tmp_path / "a-mask.png").read_bytes() == before
 
 
+def test_prediction_overwrites_only_its_own_results(undisturbed, tmp_path, capsys):
+    workdir, *_ = undisturbed
+    picture, out = tmp_path / "in" / "a.png", tmp_path / "out"
+    for folder in (picture.parent, out):
+        folder.mkdir()
+    Image.new("RGB", (8, 8), "red").save(picture)
+    command = ["--workdir", str(workdir), "--out", str(out), str(picture)]
+    for content in (b"a mask drawn by hand", picture.read_bytes()):
+        (out / "a-mask.png").write_bytes(content)
+        assert predict.main(command) == 1
+        assert "a-mask.png exists, and is no result of this" in capsys.readouterr().err
+        assert (out / "a-mask.png").read_bytes() == content
+    (out / "a-mask.png").unlink()
+    (out / "a-mask.png").symlink_to(picture)
+    assert predict.main(command) == 1
+    assert "would overwrite" in capsys.readouterr().err
+    (out / "a-mask.png").unlink()
+    for _ in range(2):
+        assert predict.main(command) == 0
+    assert sorted(file.name for file in out.iterdir()) == ["a-mask.png", "a-overlay.png"]
+
+
+def test_pictures_whose_results_cannot_be_written_or_do_not_fit_are_skipped(
+    undisturbed, tmp_path, capsys
+):
+    workdir, *_ = undisturbed
+    inputs, out = tmp_path / "in", tmp_path / "out"
+    inputs.mkdir()
+    for name in ("0", "5" + "x" * 245, "9"):  # its overlay's name has 258 bytes
+        Image.new("RGB", (8, 8), "red").save(inputs / f"{name}.png")
+    Image.new("RGB", (9000, 5400)).save(inputs / "7.png")
+    command = ["--workdir", str(workdir), "--out", str(out), str(inputs)]
+    assert predict.main(command) == 1
+    captured = capsys.readouterr()
+    assert "2 of 4 pictures" in captured.out and "File name too long" in captured.err
+    assert "7.png: 9000 x 5400 pixels take 1.5 GB: allow it with --max-memory 1.6" in captured.err
+    assert {"0-mask.png", "0-overlay.png", "9-mask.png"} <= {file.name for file in out.iterdir()}
+
+
 def test_two_pictures_with_one_name_are_refused(undisturbed, tmp_path, capsys):
     workdir, *_ = undisturbed
     for suffix in ("png", "jpg"):
