@@ -402,6 +402,19 @@ def check_workdir(workdir: Path, new: dict[str, Any]) -> tuple[dict[str, Any], s
     return new | {"versions": old["versions"], "device": old["device"]}, _as_text(changes)
 
 
+def check_writable(folder: Path) -> None:
+    """Find out, without writing, that a folder cannot be written to or made.
+
+    Raises:
+        OSError: it cannot; the message says why.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{existing} is read-only: choose another folder than {folder}")
+
+
 def _check_unused(workdir: Path) -> None:
     if (workdir / "model.json").exists():
         raise ValueError(f"{workdir} holds an exported model: choose another --workdir")

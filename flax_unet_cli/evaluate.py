@@ -178,6 +178,8 @@ def run(options: Options) -> None:
     """Score, print a table, write evaluation-WHAT.json and pictures."""
     on_validation = options.images is None and options.split == "validation"
     which = options.checkpoint or ("latest" if on_validation else "best")
+    out = options.out or options.workdir
+    runs.check_writable(out)
     trained = runs.load_model(options.workdir, which)
     settings = trained.settings
     source, what, protocol = open_split(options, trained)
@@ -233,7 +235,6 @@ def run(options: Options) -> None:
     stem = f"evaluation-{what}" + ("" if trained.checkpoint == "best" else f"-{trained.checkpoint}")
     stem += "-flips" if options.flips else ""
     stem += "-ranged" if image_format != trained.image_format else ""
-    out = options.out or options.workdir
     out.mkdir(parents=True, exist_ok=True)
     runs.write_atomically(out / f"{stem}.json", json.dumps(content, indent=2) + "\n")
     sheet, written = [panels(batches, i) for i in chosen], ".png and -reliability.png"

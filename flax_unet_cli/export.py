@@ -26,6 +26,7 @@ class Options:
 def run(options: Options) -> None:
     if (options.out / "config.json").exists():
         raise ValueError(f"{options.out} is the workdir of a run: choose another folder")
+    runs.check_writable(options.out)
     trained = runs.load_model(options.workdir, options.checkpoint)
     about = runs.read_config(options.workdir)
     del about["model"]

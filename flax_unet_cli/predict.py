@@ -130,6 +130,7 @@ def run(options: Options) -> int:
     """Segment every picture; return 1 if some could not be read."""
     if not 0 <= options.threshold < 1:
         raise ValueError(f"threshold is {options.threshold}: it must be in [0, 1)")
+    runs.check_writable(options.out)
     results = plan(options.inputs, options.out)
     trained = runs.load_model(options.workdir, options.checkpoint)
     upright = trained.settings.upright

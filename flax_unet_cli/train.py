@@ -1,6 +1,7 @@
 """Train a U-Net, or resume the run in the workdir: `flax-unet train --workdir runs/`."""
 
 import contextlib
+import errno
 import json
 import signal
 import time
@@ -71,6 +72,7 @@ def run(options: Options) -> int:
     workdir = places.workdir
     runs.recipe_of(settings)  # settings that do not fit are refused before anything else
     checkpoint.check_folder(workdir)
+    runs.check_writable(workdir)
     if (settings.dataset, settings.recipe) == ("kvasir_seg", "unet"):
         print(SLOW, flush=True)
     recorded = None
@@ -122,6 +124,13 @@ def run(options: Options) -> int:
             train(options, training, pictures, key, state, progress, checkpoints, stop, check)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}, in another --workdir: this one is kept") from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(
+                f"the disk of {workdir} is full: make room and run the same command again, which "
+                "resumes from the latest checkpoint"
+            ) from error
     if stop:
         name = signal.Signals(stop[0]).name
         print(f"{name}: the state is saved; run the same command again to resume")

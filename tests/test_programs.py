@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -1512,3 +1513,34 @@ def test_objects_that_are_too_small_are_refused_and_doubles_are_reported(folders
     assert train.main([*arguments(root, tmp_path / "run", image_size=160), "--dry-run"]) == 0
     output = capsys.readouterr().out
     assert "pictures are the same in two splits: " in output
+
+
+@pytest.mark.parametrize("program", [train, predict, evaluate])
+def test_a_folder_that_cannot_be_written_to_is_found_out_before_the_work(
+    program, undisturbed, folders, tmp_path, monkeypatch, capsys
+):
+    workdir, *_ = undisturbed
+    (tmp_path / "file").touch()
+    for place, words in (
+        (tmp_path / "file" / "deep" / "out", "cannot be made: .*file is a file"),
+        (tmp_path / "locked" / "out", "tmp.* is read-only: choose another folder than .*out"),
+    ):
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        command = ["--workdir", str(place)]
+        if program is not train:
+            command = ["--workdir", str(workdir), "--out", str(place)]
+        if program is predict:
+            command.append(str(folders / "images"))
+        assert program.main(command) == 1
+        captured = capsys.readouterr()
+        assert re.search(words, captured.err) and "opening" not in captured.out
+
+
+def test_a_disk_that_is_full_while_a_run_writes_is_one_line(folders, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train.draw, "save_sheet", full)
+    assert train.main(arguments(folders, tmp_path / "run", epochs=1)) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert re.search("error: the disk of .*run is full: make room and run the same", errors[-1])

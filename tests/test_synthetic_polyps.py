@@ -1,6 +1,7 @@
 """Synthetic polyps are reproducible, well formed, and cannot be found by colour alone."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-import tfds_kvasir  # noqa: F401 - registers the data set
+import tfds_kvasir
 from tfds_kvasir.examples import boxes, encode_mask
 from tfds_kvasir.synthetic_polyps.draw import draw
 from tfds_kvasir.synthetic_polyps.synthetic_polyps_dataset_builder import SIZES, examples
@@ -193,3 +194,22 @@ def test_colour_alone_is_not_enough(stored):
     per_image, pooled = np.argmax([dice(train_logits > t, label) for t in thresholds], axis=0)
     assert dice(test_logits > thresholds[per_image], labels(stored["test"]))[0] < 0.7
     assert dice(test_logits > thresholds[pooled], labels(stored["test"]))[1] < 0.7
+
+
+def test_a_damaged_data_set_and_a_full_disk_are_named(builder, tmp_path, monkeypatch):
+    shutil.copytree(builder.data_path, tmp_path / "synthetic_polyps" / "1.0.0")
+    (info,) = tmp_path.rglob("dataset_info.json")
+    for content in ("", "{", '{"splits": 3}'):
+        info.write_text(content)
+        with pytest.raises(ValueError, match="synthetic_polyps is damaged: delete it, and it will"):
+            tfds_kvasir.sources("synthetic_polyps", data_dir=tmp_path)
+    shutil.rmtree(tmp_path / "synthetic_polyps")
+
+    def full(*args, **options):
+        raise RuntimeError("write() failed: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", full)
+        with pytest.raises(OSError, match="synthetic_polyps cannot be prepared: .*No space"):
+            tfds_kvasir.sources("synthetic_polyps", data_dir=tmp_path)
+    assert len(tfds_kvasir.sources("synthetic_polyps", data_dir=tmp_path)["train"]) > 0

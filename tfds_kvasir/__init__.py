@@ -3,11 +3,14 @@
 import contextlib
 import importlib.util
 import io
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
 
 from tfds_kvasir.examples import SegmentationBuilder
 from tfds_kvasir.kvasir_seg import kvasir_seg_dataset_builder  # noqa: F401
@@ -50,12 +53,19 @@ def sources(
 
     Raises:
         FileNotFoundError: kvasir_zip or KVASIR_SEG_ZIP is not a file.
+        OSError: data_dir is full or cannot be written to.
         ConnectionError: no kvasir-seg.zip is present and it cannot be downloaded.
         ValueError: the zip is not a valid Kvasir-SEG (nothing incomplete is left in data_dir);
             or the data set in data_dir is stored as tfrecord, or is damaged (also raised when
             an example is read); or array_record is not installed (it is not available on Windows).
     """
-    builder = tfds.builder(name, config=config, data_dir=data_dir, **builder_kwargs)
+    try:
+        builder = tfds.builder(name, config=config, data_dir=data_dir, **builder_kwargs)
+    except (ParseError, json.JSONDecodeError) as error:
+        folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name
+        raise ValueError(
+            f"{folder} is damaged: delete it, and it will be prepared again ({error})"
+        ) from error
     return open_splits(builder)
 
 
@@ -91,7 +101,10 @@ def open_splits(
             )
     # Hide TFDS' progress bars and its report of unknown sizes; errors are raised regardless.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        builder.download_and_prepare(file_format="array_record")  # no-op if prepared
+        try:
+            builder.download_and_prepare(file_format="array_record")  # no-op if prepared
+        except RuntimeError as error:  # from the C++ writer
+            raise OSError(f"{builder.name} cannot be prepared: {error}") from error
     encoded = {key: tfds.decode.SkipDecoding() for key in (image, mask)}
     present, opened = list(builder.info.splits), {}
     names = splits or present
