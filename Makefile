@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-classes test test-all test-peers test-versions lint bench clean
+.PHONY: demo demo-classes test test-all test-peers test-versions faults lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python experiments/train.py --workdir runs/demo --dataset synthetic_polyps \
@@ -32,6 +32,10 @@ test-peers: .venv-peers/installed
 # Both ends of the supported version range, in separate environments; see the script.
 test-versions:
 	tests/versions.sh
+
+# 267,000 damaged files and odd arrays, in a quarter of an hour; the tests try a few of each kind.
+faults: .venv/installed-dev
+	$(BIN)/python -m tests.faults
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

@@ -16,7 +16,7 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -40,6 +40,23 @@ class CheckpointError(OSError):
 def _complete(entry: Path) -> bool:
     """Whether an entry of the folder is a complete step."""
     return entry.name.isdigit() and (entry / METADATA).is_file()
+
+
+_Names: Any = type(ocp.path.step.standard_name_format())
+
+
+class _ReadableNames(_Names):
+    """Orbax' names of steps, without those whose metadata it cannot read: one would hide all."""
+
+    def find_all(self, base_path: Any) -> Iterator[Any]:
+        for step in super().find_all(base_path):
+            with contextlib.suppress(Exception):
+                _ = step.commit_timestamp_nsecs  # reads the metadata
+                yield step
+
+
+def _readable_names(folder: Path) -> set[str]:
+    return {step.path.name for step in _ReadableNames().find_all(folder)}
 
 
 def exists(folder: str | os.PathLike) -> bool:
@@ -78,11 +95,13 @@ def open_checkpoints(
     check_folder(folder)
     folder = Path(folder).absolute()
     if not read_only and folder.is_dir():
+        readable = _readable_names(folder)
         for entry in folder.iterdir():
-            if entry.name.isdigit() and not _complete(entry):
+            if entry.name.isdigit() and not (_complete(entry) and entry.name in readable):
                 _set_aside(entry, "it is no checkpoint")
     options = ocp.CheckpointManagerOptions(
         preservation_policy=_LatestAndBest(folder),
+        step_name_format=_ReadableNames(),
         cleanup_tmp_directories=not read_only,
         create=not read_only,
     )
@@ -159,7 +178,7 @@ def _record(folder: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads((folder / METADATA).read_bytes())["custom_metadata"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder} is no checkpoint, or damaged: {error!r}") from error
     if record and record.pop("checksum", None) != _checksum_of_json(record):
         raise CheckpointError(f"{folder} is damaged: {METADATA} is not what was saved (checksum)")
@@ -171,7 +190,7 @@ def _dice(folder: Path) -> float:
     try:
         record = _record(folder) or json.loads((folder / "metrics" / "metrics").read_bytes())
         return float(record["dice"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return -2.0
 
 
@@ -292,12 +311,27 @@ def _first_sound(checkpoints: ocp.CheckpointManager, which: Which, read: Callabl
             if not _vanishes(_folder(checkpoints, steps[0])):
                 failures[steps[0]] = error
             continue
-        for error in failures.values():
+        for error in (*failures.values(), *_unreadable(Path(checkpoints.directory), failures)):
             warnings.warn(f"{error}; going on with step {steps[0]}", stacklevel=3)
         return result
     if failures:
         raise next(iter(failures.values()))
     raise CheckpointError(f"{checkpoints.directory} holds no {which} checkpoint: train first")
+
+
+def _unreadable(folder: Path, known: Container[int]) -> Iterator[CheckpointError]:
+    """What is wrong with other steps whose metadata cannot be read: they are listed last or not."""
+    for entry in folder.iterdir():
+        if entry.name.isdigit() and int(entry.name) not in known:
+            try:
+                _record(entry)
+                if entry.name in _readable_names(folder):
+                    continue
+                error = CheckpointError(f"{entry} is no checkpoint, or damaged")
+            except CheckpointError as caught:
+                error = caught
+            if not _vanishes(entry):
+                yield error
 
 
 def _ranked(checkpoints: ocp.CheckpointManager, which: Which) -> list[int]:

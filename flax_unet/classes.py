@@ -77,8 +77,13 @@ def decide(proba: Any, *, threshold: float = 0.5, overlapping: bool = False) -> 
 
     Returns:
         uint8 [..., 1] of class indices, or 0 and 1; for overlapping classes [..., C] of 0 and 1.
+
+    Raises:
+        ValueError: a probability is NaN, of which no pixel would be predicted.
     """
     proba = np.asarray(proba)
+    if np.isnan(proba.min(initial=0)):
+        raise ValueError("probabilities are NaN: the model's variables or its image are not finite")
     if overlapping or proba.shape[-1] == 1:
         return (proba > threshold).astype(np.uint8)
     return proba.argmax(-1, keepdims=True).astype(np.uint8)

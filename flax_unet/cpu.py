@@ -5,7 +5,7 @@ is lowered: other platforms get XLA's own convolutions.
 """
 
 from collections.abc import Callable
-from functools import cache, partial, reduce, wraps
+from functools import cache, partial, reduce
 from typing import Any
 
 import jax
@@ -37,18 +37,19 @@ def compiler_options() -> dict[str, str]:
     return options | ynn
 
 
-def jit(function: Callable[..., Any], **options: Any) -> Any:
+class jit:  # used as `jax.jit` is, whose methods it has
     """`jax.jit` with `compiler_options`; called by another compiled function, it has that one's."""
-    outermost = jax.jit(function, compiler_options=compiler_options(), **options)
-    inner = jax.jit(function, **options)
 
-    @wraps(outermost)
-    def call(*args: Any) -> Any:
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        self._outermost = jax.jit(function, compiler_options=compiler_options(), **options)
+        self._inner = jax.jit(function, **options)
+
+    def __call__(self, *args: Any) -> Any:
         traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
-        return (inner if traced else outermost)(*args)
+        return (self._inner if traced else self._outermost)(*args)
 
-    call.lower, call.trace = outermost.lower, outermost.trace  # type: ignore[attr-defined]
-    return call
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._outermost, name)
 
 
 def convolve(

@@ -96,7 +96,7 @@ def open_content(data: bytes | Path, name: str, *, decode: bool = True) -> Conte
     except Exception as error:  # Pillow's decoders raise a dozen kinds on a broken file
         reason: Any = error
         if isinstance(error, PIL.UnidentifiedImageError):
-            reason = f"neither .npy nor {', '.join(FORMATS)}"
+            reason = f"unknown format: use {', '.join(FORMATS)} or .npy"
         elif isinstance(error, OSError) and error.strerror:  # without the name a second time
             reason = error.strerror
         raise DataError(f"{name}: not a readable picture ({reason})") from error

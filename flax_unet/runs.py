@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, NamedTuple, TextIO
 
 import jax
@@ -273,13 +274,15 @@ def read_config(workdir: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing: there is no run in this workdir")
     try:
         content = upgrade(json.loads(file.read_text()))
-        if {*DETERMINES, "places", "device", "versions"} <= content.keys():
+        sections = *DETERMINES, "places", "versions"
+        whole = all(isinstance(content[name], dict | NoneType) for name in sections)
+        if whole and "device" in content:
             return content
-    except (ValueError, AttributeError, TypeError, KeyError):
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         pass
     remedy = "choose another --workdir"
     if checkpoint.exists(workdir / "checkpoints"):
-        remedy = "if it is yours, remove it and run the training again: it is written anew"
+        remedy = "if it is yours, remove it and run the training again: it is written again"
     raise ValueError(f"{file} is damaged or not of a run: {remedy}")
 
 
@@ -518,7 +521,7 @@ def _parse(line: str) -> dict[str, Any]:
     """A line of metrics.jsonl; {} if it is none."""
     try:
         content = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -291,6 +291,37 @@ def test_readers_go_on_with_another_checkpoint_and_say_so(tmp_path, which):
     assert (tmp_path / "9").exists()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.replace(b"item_handlers", b"item_handleXs"),  # Orbax knows no such
+        lambda content: content.replace(b'"dice": 0.9', b'"dice": 0.1'),
+        lambda content: b"[]",
+        lambda content: b"[" * 20_000,
+        lambda content: None,
+    ],
+)
+def test_a_step_whose_metadata_is_damaged_does_not_hide_the_others(tmp_path, damage):
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        for step, dice in [(1, 0.2), (2, 0.9)]:
+            checkpoint.save(checkpoints, random_state(step), {"at": step}, dice=dice)
+    file = tmp_path / "2" / "_CHECKPOINT_METADATA"
+    content = damage(before := file.read_bytes())
+    assert content != before
+    file.unlink() if content is None else file.write_bytes(content)
+    message = f"{tmp_path}/2 is .*damaged.*; going on with step 1"
+    with checkpoint.open_checkpoints(tmp_path, read_only=True) as checkpoints:
+        for which in ("latest", "best"):
+            with pytest.warns(UserWarning, match=message):
+                state, _ = checkpoint.restore(checkpoints, abstract(), which)
+            assert_equal(state, random_state(1))
+    with pytest.warns(UserWarning, match="damaged"):
+        with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+            checkpoint.set_aside_damaged(checkpoints, abstract())
+            assert checkpoint.restore(checkpoints, abstract())[1] == {"at": 1}
+    assert (tmp_path / "damaged-2").exists() and not (tmp_path / "2").exists()
+
+
 def test_a_run_sets_damaged_checkpoints_aside_and_saves_their_steps_again(tmp_path):
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):

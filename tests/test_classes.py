@@ -174,6 +174,14 @@ def test_overlapping_classes_are_predicted_independently(pair):
     np.testing.assert_array_equal(classes.decide(proba, overlapping=True), np.asarray(logits) > 0)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_probabilities_that_are_nan_are_not_taken_for_background(k):
+    proba = np.full((4, 4, k), 1 / k, np.float32)
+    proba[2, 1, 0] = np.nan
+    with pytest.raises(ValueError, match="probabilities are NaN"):
+        classes.decide(proba)
+
+
 def test_exclusive_probabilities_add_up_and_the_largest_is_decided(pair):
     proba = np.asarray(classes.probabilities(pair[0]))
     np.testing.assert_allclose(proba, softmax(pair[0]), rtol=1e-5)

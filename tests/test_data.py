@@ -112,6 +112,25 @@ def test_a_truncated_cache_is_written_again(tmp_path):
         assert len(file.read_bytes()) == len(content)
 
 
+def test_a_damaged_cache_is_never_taken_for_pictures(tmp_path):
+    source = [entry(rgb(i, (64, 64)), np.eye(64, dtype=np.uint8), f"n{i}") for i in range(2)]
+    first = data.load(source, 64, cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    content, directory = file.read_bytes(), file.read_bytes().index(b"PK\1\2")
+    for before, after in (
+        (b"(2, 64, 64, 3)", b"(2, 64, 64, 1)"),  # the rest of the member, and its CRC, is not read
+        (b"(2, 64, 64, 3)", b"(1, 64, 64, 3)"),
+        (b"(2, 64, 64, 1)", b"(2, 64, 24, 1)"),
+        (content[directory : directory + 10], content[directory : directory + 8] + b"\1\0"),
+        (content[directory : directory + 12], content[directory : directory + 10] + b"\7\0"),
+    ):
+        file.write_bytes(damaged := content.replace(before, after, 1))
+        assert damaged != content
+        again = data.load(source, 64, cache=tmp_path)
+        np.testing.assert_array_equal(again.image, first.image)
+        np.testing.assert_array_equal(again.mask, first.mask)
+
+
 def test_a_cache_that_cannot_be_written_causes_a_warning_only(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="could not be cached"):

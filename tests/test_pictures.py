@@ -41,9 +41,9 @@ def test_the_exif_orientation_is_applied():
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
-        (b"", "eye: not a readable picture .neither .npy nor BMP, GIF, JPEG"),
+        (b"", "eye: not a readable picture .unknown format: use BMP, GIF, JPEG"),
         # A format of Pillow's that starts another program, Ghostscript.
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "eye: .*neither"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "eye: .*unknown format"),
         (b"GIF89a", "eye: not a readable picture"),
         (encode(rgb())[:-30], "eye: not a readable picture"),
     ],

@@ -338,7 +338,7 @@ def test_a_run_writes_its_config_and_history_again(folders, short, capsys):
     (short / "config.json").write_text("")
     (short / "metrics.jsonl").write_text(history.replace('"loss": ', '"loss": 1'))
     assert evaluate.main(["--workdir", str(short)]) == 1
-    assert "run the training again: it is written anew" in capsys.readouterr().err
+    assert "run the training again: it is written again" in capsys.readouterr().err
     assert train.main(arguments(folders, short, epochs=1)) == 0
     error = capsys.readouterr().err
     assert error.count("config.json is missing or empty: written again from the checkpoint") == 1

@@ -455,6 +455,8 @@ def spoil(part, key, value):
     [
         (lambda content: [], "config.json is damaged or not of a run"),
         (lambda content: {"hello": 1}, "config.json is damaged or not of a run"),
+        (lambda content: content | {"versions": 7}, "config.json is damaged or not of a run"),
+        (lambda content: content | {"data": [1]}, "config.json is damaged or not of a run"),
         (lambda content: {"config": 1, "free": 2}, "config.json is damaged or not of a run"),
         (spoil("settings", "depth", 3), "is of another version or program"),
         (spoil("model", "depth", 3), "is of another version or program.*a UNet has no depth"),
