@@ -50,9 +50,11 @@ class _ReadableNames(_Names):
 
     def find_all(self, base_path: Any) -> Iterator[Any]:
         for step in super().find_all(base_path):
-            with contextlib.suppress(Exception):
+            try:
                 _ = step.commit_timestamp_nsecs  # reads the metadata
-                yield step
+            except Exception:  # of many kinds
+                continue
+            yield step
 
 
 def _readable_names(folder: Path) -> set[str]:

@@ -183,7 +183,8 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize a mask, uint8 [H, W, C] of class indices or of 0 and 1, to (height, width).
 
-    A pixel has the class that covers most of its area; a single class at least half of it.
+    A pixel has the class that covers most of its area; a single class more than half of it. Of
+    exactly half, rounding decides: areas have 8 bits.
     """
     return np.stack([_resize_index(x, size) for x in np.moveaxis(mask, -1, 0)], axis=-1)
 

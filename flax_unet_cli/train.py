@@ -357,9 +357,9 @@ def compile_evaluation(
     training: Training, variables: Any, arrays: data.Arrays, batch_size: int
 ) -> None:
     """Compile what follows an epoch before there are steps that an interruption would lose."""
-    batch = next(iter(data.batches(arrays, batch_size)))
-    jax.block_until_ready(make_forward(training.model)(variables, batch))
-    predict_proba(training.model, variables, np.asarray(arrays.image[:4]))
+    model: Any = training.model
+    jax.block_until_ready(make_forward(model)(variables, next(data.batches(arrays, batch_size))))
+    predict_proba(model, variables, np.asarray(arrays.image[:4]))
 
 
 def metrics_line(

@@ -43,7 +43,10 @@ def test_the_exif_orientation_is_applied():
     [
         (b"", "eye: not a readable picture .unknown format: use BMP, GIF, JPEG"),
         # A format of Pillow's that starts another program, Ghostscript.
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "eye: .*unknown format"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+            "eye: .*unknown format",
+        ),
         (b"GIF89a", "eye: not a readable picture"),
         (encode(rgb())[:-30], "eye: not a readable picture"),
     ],

@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from google.protobuf.json_format import ParseError
+from tensorflow_datasets.core import constants
 
 from tfds_kvasir.examples import SegmentationBuilder
 from tfds_kvasir.kvasir_seg import kvasir_seg_dataset_builder  # noqa: F401
@@ -62,7 +63,7 @@ def sources(
     try:
         builder = tfds.builder(name, config=config, data_dir=data_dir, **builder_kwargs)
     except (ParseError, json.JSONDecodeError) as error:
-        folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name
+        folder = Path(data_dir or constants.DATA_DIR).expanduser() / name
         raise ValueError(
             f"{folder} is damaged: delete it, and it will be prepared again ({error})"
         ) from error
