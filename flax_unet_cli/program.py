@@ -38,8 +38,10 @@ def main(
     config = (tyro.conf.OmitArgPrefixes,)
     flags = tyro.cli(options, description=description, args=args, config=config)
     keep_compiled()
-    # Orbax logs the pages of its errors; ours say in a line what they mean.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax and its threads log the pages of their errors; ours say in a line what they mean.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _leave_out_closed_loops
     try:
         return run(_absolute(flags)) or 0
     except KeyboardInterrupt:
@@ -48,6 +50,12 @@ def main(
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _leave_out_closed_loops(unraisable: Any) -> None:
+    """After a failed write TensorStore reports, once for each array, that nobody waits for it."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _absolute(flags: T) -> T:

@@ -19,6 +19,7 @@ from collections import Counter
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -1544,3 +1545,16 @@ def test_a_disk_that_is_full_while_a_run_writes_is_one_line(folders, tmp_path, m
     assert train.main(arguments(folders, tmp_path / "run", epochs=1)) == 1
     errors = capsys.readouterr().err.splitlines()
     assert re.search("error: the disk of .*run is full: make room and run the same", errors[-1])
+
+
+def test_threads_that_report_after_a_failed_write_are_left_out(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    monkeypatch.setattr(sys, "__unraisablehook__", shown := [].append)
+    assert predict.main(["--workdir", "gone", "--threshold", "7", "picture.png"]) == 1
+    closed, other = (
+        SimpleNamespace(exc_value=RuntimeError(words))
+        for words in ("Event loop is closed", "another error")
+    )
+    for error in (closed, other):
+        sys.unraisablehook(error)
+    assert shown.__self__ == [other]
