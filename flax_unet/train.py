@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.extend.core import Literal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax.contrib import ScheduleFreeState
 
@@ -73,10 +74,11 @@ def _has_average(node: Any) -> bool:
 def _where_given(new: Any, old: Any) -> Any:
     """The leaves of `new`, and those of `old` where an optimizer was given none."""
 
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
+    return jax.tree.map(lambda n, o: o if _is_masked(n) else n, new, old, is_leaf=_is_masked)
 
-    return jax.tree.map(lambda n, o: o if is_masked(n) else n, new, old, is_leaf=is_masked)
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def average_params(decay: float) -> optax.GradientTransformation:
@@ -251,7 +253,8 @@ def train_step(
     Raises:
         ValueError: the loss is not one value per image, shapes do not agree, the batch cannot be
             split into `accumulate` micro-batches, the model has `train` under another name, or a
-            `pixel_weight` meets an augmentation, which would not move it.
+            `pixel_weight` meets an augmentation, which would not move it; or the optimizer never
+            changes a module that is not `frozen` and has batch statistics.
     """
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     image, mask, weight, *extra = _take(batch)
@@ -318,6 +321,7 @@ def train_step(
         return jax.grad(value_fn)(params)
 
     extra_args = accepted(tx.update, value=loss, grad=grads, value_fn=value_fn, grad_fn=grad_fn)
+    _check_frozen(partial(tx.update, **extra_args), state, frozen)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra_args)
     params = optax.apply_updates(state.params, updates)
     result = {
@@ -326,6 +330,40 @@ def train_step(
         "update_norm": optax.tree.norm(updates),
     }
     return TrainState(state.step + 1, params, model_state, opt_state), result
+
+
+def _check_frozen(update: Any, state: TrainState, frozen: Sequence[str]) -> None:
+    """Refuse an optimizer that never changes a module whose batch statistics would change.
+
+    The update of such a parameter, by `optax.set_to_zero`, is computed from nothing.
+    """
+    masked = any(map(_is_masked, jax.tree.leaves(state.opt_state, is_leaf=_is_masked)))
+    if not state.model_state or not masked:
+        return
+    closed = jax.make_jaxpr(lambda *args: update(*args)[0])(
+        state.params, state.opt_state, state.params
+    )
+    changing: set[Any] = {*closed.jaxpr.invars, *closed.jaxpr.constvars}
+    for equation in closed.jaxpr.eqns:
+        if any(not isinstance(x, Literal) and x in changing for x in equation.invars):
+            changing.update(equation.outvars)
+    paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.params)]
+    fixed = {
+        path: isinstance(x, Literal) or x not in changing
+        for path, x in zip(paths, closed.jaxpr.outvars, strict=True)
+    }
+    statistics = jax.tree_util.tree_leaves_with_path(state.model_state)
+    for module in sorted({_name(path[1:-1]) for path, _ in statistics}):
+        own = [fixed[path] for path in paths if _is_within(path, [module])]
+        if own and all(own) and not _is_within(module, frozen):
+            raise ValueError(
+                f"the optimizer never changes {module}, but its batch statistics would change: "
+                "name what is frozen in `frozen`, and use `train.freeze` with the same names"
+            )
+
+
+def _name(path: Any) -> str:
+    return "/".join(entry.key for entry in path)
 
 
 def _without_training(

@@ -165,3 +165,16 @@ for norm in ("batch", "instance"):
         assert all(jax.tree.leaves(same))
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_batch_statistics_of_what_the_optimizer_never_changes_are_refused():
+    def labels(params):
+        return {name: "zero" if name == "down0" else "adam" for name in params}
+
+    tx = optax.multi_transform({"adam": optax.adam(1e-2), "zero": optax.set_to_zero()}, labels)
+    with pytest.raises(ValueError, match="never changes down0/BatchNorm_0, but its batch stat.*"):
+        run(tx, 1, model=BATCH_NORM)
+    run(tx, 1)  # without batch statistics it is enough
+    run(tx, 1, model=BATCH_NORM, frozen=["down0"])
+    slow = optax.multi_transform({"adam": optax.adam(1e-2), "zero": SGD}, labels)
+    run(slow, 1, model=BATCH_NORM)
