@@ -323,11 +323,13 @@ def _first_sound(checkpoints: ocp.CheckpointManager, which: Which, read: Callabl
 
 def _unreadable(folder: Path, known: Container[int]) -> Iterator[CheckpointError]:
     """What is wrong with other steps whose metadata cannot be read: they are listed last or not."""
-    for entry in folder.iterdir():
+    entries = list(folder.iterdir())  # before the readable ones: a training may add some
+    readable = _readable_names(folder)
+    for entry in entries:
         if entry.name.isdigit() and int(entry.name) not in known:
             try:
                 _record(entry)
-                if entry.name in _readable_names(folder):
+                if entry.name in readable:
                     continue
                 error = CheckpointError(f"{entry} is no checkpoint, or damaged")
             except CheckpointError as caught:
