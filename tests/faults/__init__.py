@@ -7,9 +7,10 @@ another error or a wrong result, takes 30 seconds or 1.5 GB of memory, or leaves
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
-from . import arrays, cache, checkpoints, kills, models, pictures, records, torch_files, zips
+from . import arrays, cache, checkpoints, fuzz, kills, models, pictures, records, torch_files, zips
 from .outcome import Outcome
 
 
@@ -40,3 +41,8 @@ KINDS = {
     "PyTorch files": Kind(torch_files.run, 2_000, 60_000),
     "metrics.jsonl": Kind(records.run_history, 500, 30_000),
 }
+if find_spec("atheris"):  # of which there are wheels for Linux
+    KINDS |= {
+        "picture files, by coverage": Kind(fuzz.run_pictures, 1_000, 600_000),
+        "PyTorch files, by coverage": Kind(fuzz.run_torch_files, 1_000, 600_000),
+    }
