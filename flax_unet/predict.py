@@ -1,7 +1,8 @@
 """Probabilities from a trained model. `variables` is what `model.apply` takes."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import product
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import ScopeParamShapeError
 from jax.core import Tracer
+from tqdm import tqdm
 
-from flax_unet import classes, cpu, images, pictures
+from flax_unet import classes, cpu, images, pictures, tiles
 from flax_unet.images import ImageFormat
 from flax_unet.model import accepted
 from flax_unet.pictures import Content
@@ -54,21 +56,153 @@ class Mirrored:
         return jnp.stack(views).mean(0)
 
 
+@dataclass(frozen=True)
+class Tiled:
+    """Predicts in overlapping windows and blends their logits: for images of any size.
+
+    Use it in place of the model that it wraps, with the same variables. Memory beyond the image and
+    its logits is that of one batch of windows, and one shape is compiled for all images. A smaller
+    image is edge-padded to the window.
+
+    Windows start at multiples of the model's stride, so that a pixel which is farther from the
+    borders of its windows than the network sees has the logits of a prediction in one piece. That
+    does not hold for a network with instance or group norm: its statistics are those of each window
+    instead of the image, as they were in a training on crops of the window's size, and the logits
+    differ everywhere. Batch norm has fixed statistics.
+
+    Attributes:
+        model: the network, or `Mirrored`, which flips each window.
+        window: height and width, multiples of the model's stride; one number for squares. Best the
+            size of the images it was trained on.
+        overlap: least fraction of a window that the next one shares along each axis, in [0, 1).
+            With 1/2 the network computes each pixel about 4 times.
+        blend: how the weights of a window decrease from its centre, see `tiles.weights`.
+        batch_size: windows at a time.
+        progress: whether to show a progress bar.
+    """
+
+    model: Any
+    window: int | tuple[int, int] = 256
+    overlap: float = 0.5
+    blend: tiles.Blend = "gaussian"
+    batch_size: int = 4
+    progress: bool = False
+
+    def __post_init__(self):
+        if any(side < 1 or side % self.model.stride for side in self.size):
+            raise ValueError(f"window {self.window} is not a multiple of {self.model.stride}")
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"overlap is {self.overlap}: it must be in [0, 1)")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a window."""
+        return (self.window, self.window) if isinstance(self.window, int) else self.window
+
+    @property
+    def stride(self) -> int:
+        return 1
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+    @property
+    def overlapping(self) -> bool:
+        return classes.is_overlapping(self.model)
+
+    def apply(self, variables: Any, image: Any) -> np.ndarray:
+        """Logits, float32 [B, H, W, K] in the memory of the host, of an image [B, H, W, C].
+
+        Raises:
+            ValueError: it is called inside of a JAX transformation.
+        """
+        if isinstance(image, Tracer):
+            raise ValueError("Tiled cuts images on the host: call it outside of jit, grad and vmap")
+        image = np.asarray(image)
+        stride, shape = self.model.stride, image.shape[1:3]
+        steps = [max(1, int(side * (1 - self.overlap)) // stride) * stride for side in self.size]
+        axes = list(zip(shape, self.size, steps, strict=True))
+        rows, columns = grid = [tiles.starts(*axis, stride) for axis in axes]
+        down, right = (
+            tiles.weights(n, side, starts, self.blend)
+            for (n, side, _), starts in zip(axes, grid, strict=True)
+        )
+        windows = list(product(range(len(image)), range(len(rows)), range(len(columns))))
+        parts = [windows[i : i + self.batch_size] for i in range(0, len(windows), self.batch_size)]
+        logits_of, result = _logits(self.model), None
+
+        def dispatch(part: list[tuple[int, int, int]]) -> jax.Array:
+            cuts = [tiles.cut(image[b], rows[y], columns[x], self.size) for b, y, x in part]
+            cuts += cuts[:1] * (self.batch_size - len(cuts))
+            return logits_of(variables, np.stack(cuts))
+
+        with tqdm(
+            total=len(windows), unit=" windows", leave=False, disable=not self.progress
+        ) as bar:
+            following = dispatch(parts[0])
+            for i, part in enumerate(parts):
+                computed = following
+                if i + 1 < len(parts):  # the device computes them while these are blended
+                    following = dispatch(parts[i + 1])
+                if result is None:
+                    result = np.zeros((*image.shape[:3], computed.shape[-1]), np.float32)
+                for (b, y, x), logits in zip(part, np.asarray(computed), strict=False):
+                    place = result[b, rows[y] :, columns[x] :][: self.size[0], : self.size[1]]
+                    height, width = place.shape[:2]
+                    weight = down[y, :height, None] * right[x, None, :width]
+                    place += logits[:height, :width] * weight[..., None]
+                bar.update(len(part))
+        assert result is not None
+        return result
+
+
+def is_tiled(model: Any) -> bool:
+    """Whether a model takes images of any size, on the host."""
+    return isinstance(model, Tiled) or (isinstance(model, Mirrored) and is_tiled(model.model))
+
+
+@lru_cache(maxsize=8)
+def _logits(model: Any) -> Any:
+    def logits(variables: Any, image: jax.Array) -> jax.Array:
+        inference = accepted(model, train=False)
+        return model.apply(variables, pictures.as_float(image), **inference)
+
+    return cpu.jit(logits)
+
+
 @lru_cache(maxsize=8)
 def _apply(model: Any) -> Any:
-    def proba(variables: Any, image: jax.Array) -> jax.Array:
-        inference = accepted(model, train=False)
-        logits: Any = model.apply(variables, pictures.as_float(image), **inference)
-        return classes.probabilities(logits, overlapping=classes.is_overlapping(model))
+    overlapping = classes.is_overlapping(model)
+    if not is_tiled(model):
+        return cpu.jit(
+            lambda variables, image: classes.probabilities(
+                _logits(model)(variables, image), overlapping=overlapping
+            )
+        )
+    probabilities = cpu.jit(partial(classes.probabilities, overlapping=overlapping))
 
-    return cpu.jit(proba)
+    def proba(variables: Any, image: Any) -> np.ndarray:
+        logits = np.require(model.apply(variables, image), requirements="W")
+        flat = logits.reshape(-1, logits.shape[-1])
+        for start in range(0, len(flat), CHUNK):  # in place: it may be most of the memory
+            chunk = flat[start : start + CHUNK]
+            padded = np.pad(chunk, ((0, CHUNK - len(chunk)), (0, 0)))
+            chunk[:] = np.asarray(probabilities(padded))[: len(chunk)]
+        return logits
+
+    return proba
 
 
-def predict_proba(model: Any, variables: Any, image: Any) -> jax.Array:
+#: Pixels of which the probabilities are computed at a time, in one compiled shape.
+CHUNK = 2**18
+
+
+def predict_proba(model: Any, variables: Any, image: Any) -> Any:
     """Probabilities of an image of any size, at that size.
 
     The image is edge-padded at the bottom and right to a multiple of the model's stride, and the
-    result is cropped. It compiles once per shape.
+    result is cropped. It compiles once per shape; with `Tiled` once for all.
 
     >>> from flax_unet import UNet
     >>> model = UNet(features=(8, 16))
@@ -77,12 +211,13 @@ def predict_proba(model: Any, variables: Any, image: Any) -> jax.Array:
     (45, 70, 1)
 
     Args:
-        model: has a `stride`.
+        model: has a `stride`; the network, `Mirrored` or `Tiled`.
         variables: its parameters (and state).
         image: [H, W, C] or [B, H, W, C]; uint8, or float in [0, 1].
 
     Returns:
-        Float32 [H, W, K] or [B, H, W, K] in [0, 1]; `classes.decide` makes masks of them.
+        Float32 [H, W, K] or [B, H, W, K] in [0, 1], a JAX array, or with `Tiled` a NumPy array;
+        `classes.decide` makes masks of them.
 
     Raises:
         ValueError: the image has another rank, type, range or number of channels; inside of other
@@ -99,7 +234,9 @@ def predict_proba(model: Any, variables: Any, image: Any) -> jax.Array:
     height, width = batch.shape[1:3]
     bottom, right = -height % model.stride, -width % model.stride
     pad = jnp.pad if traced else np.pad  # NumPy's compiles nothing for each size
-    padded = pad(batch, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
+    padded = batch
+    if bottom or right:
+        padded = pad(batch, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
     try:
         proba = _apply(model)(variables, padded)[:, :height, :width]
     except ScopeParamShapeError as error:
@@ -112,7 +249,7 @@ def predict_picture(
     model: Any,
     variables: Any,
     picture: Content,
-    size: int | tuple[int, int],
+    size: int | tuple[int, int] | None,
     image_format: ImageFormat | None = None,
 ) -> np.ndarray:
     """Probabilities at the picture's own size, computed at the size the model was trained on.
@@ -121,7 +258,8 @@ def predict_picture(
         model: has a `stride`.
         variables: its parameters (and state).
         picture: of any size, from Pillow or `pictures.open_content`.
-        size: height and width to which it is resized for the model.
+        size: height and width to which it is resized for the model; None for a model that takes
+            pictures at their own size, such as `Tiled`.
         image_format: as in training (`runs.Trained.image_format`); by default 8 bits, and 3, 1 or 4
             channels, as the model takes them.
 
@@ -138,6 +276,8 @@ def predict_picture(
 
 def _format_for(model: Any, variables: Any) -> ImageFormat:
     """Of 8 bits, with as many channels as the model takes."""
+    while isinstance(model, Mirrored | Tiled):
+        model = model.model
     for channels in (3, 1, 4):
         image = jax.ShapeDtypeStruct((1, model.stride, model.stride, channels), jnp.uint8)
         try:
@@ -149,9 +289,11 @@ def _format_for(model: Any, variables: Any) -> ImageFormat:
 
 
 def predict_resized(
-    model: Any, variables: Any, image: np.ndarray, size: int | tuple[int, int]
+    model: Any, variables: Any, image: np.ndarray, size: int | tuple[int, int] | None
 ) -> np.ndarray:
     """`predict_picture` of an image [H, W, C] that was read already."""
+    if size is None:
+        return np.asarray(predict_proba(model, variables, image))
     size = (size, size) if isinstance(size, int) else size
     proba = np.asarray(predict_proba(model, variables, pictures.resize_image(image, size)))
     return pictures.resize_image(proba, image.shape[:2])
