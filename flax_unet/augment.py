@@ -59,6 +59,7 @@ def random_affine(
     elastic: float = 0.0,
     upright: bool = False,
     outside: int = 0,
+    size: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Flip, rotate, scale, shear, shift and bend each image and its mask in one resampling.
 
@@ -78,6 +79,8 @@ def random_affine(
             "Best Practices for Convolutional Neural Networks", ICDAR 2003, who displace each pixel.
         upright: whether no image is turned upside down by a flip.
         outside: value of the mask outside the image.
+        size: height and width of the result, around the centre of the image; by default the same.
+            Shift and elastic deformation are fractions of these.
 
     Returns:
         The image, float32 in [0, 1], and the mask, uint8: at each pixel the value that has most of
@@ -89,7 +92,8 @@ def random_affine(
         return jax.image.resize(knots, (height, width, 2), "cubic")
 
     def per_image(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        height, width, channels = image.shape
+        channels = image.shape[-1]
+        height, width = size or image.shape[:2]
         u = jax.random.uniform(key, (7,), minval=-1.0)
         matrix = affine(
             rotation=rotation * u[0],
@@ -101,7 +105,7 @@ def random_affine(
         labels = mask.astype(jnp.float32) - outside
         both = jnp.concatenate([as_float(image), labels], axis=-1)
         displacement = bend(jax.random.fold_in(key, 1), height, width) if elastic else None
-        pixels, dy, dx = sample(both, matrix, displacement)
+        pixels, dy, dx = sample(both, matrix, displacement, (height, width))
         image = interpolate([x[..., :channels] for x in pixels], dy, dx)
         labels = vote([x[..., channels:] for x in pixels], dy, dx)
         return image, (labels + outside).astype(jnp.uint8)
@@ -170,15 +174,20 @@ def vote(pixels: list[jax.Array], dy: jax.Array, dx: jax.Array) -> jax.Array:
 
 
 def sample(
-    image: jax.Array, matrix: jax.Array, displacement: jax.Array | None = None
+    image: jax.Array,
+    matrix: jax.Array,
+    displacement: jax.Array | None = None,
+    size: tuple[int, int] | None = None,
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     """The four neighbours of affinely mapped positions.
 
     Args:
         image: float32 [H, W, C].
         matrix: [2, 3]; the output pixel at (row, column) is sampled at matrix @ (row, column, 1).
-            Both positions are relative to the image centre.
+            Both positions are relative to the centres of output and image.
         displacement: [H, W, 2], rows and columns added to each sampling position.
+        size: height and width of the output, by default H and W; it replaces these in what follows
+            and in `displacement`.
 
     Returns:
         The pixels above left, above right, below left and below right of each position, [H, W, C],
@@ -187,8 +196,9 @@ def sample(
     """
     height, width, _ = image.shape
     centre = (height - 1) / 2, (width - 1) / 2
-    row = jnp.arange(height)[:, None] - centre[0]
-    column = jnp.arange(width)[None] - centre[1]
+    rows, columns = size or (height, width)
+    row = jnp.arange(rows)[:, None] - (rows - 1) / 2
+    column = jnp.arange(columns)[None] - (columns - 1) / 2
 
     def position(axis: int, size: int) -> tuple[jax.Array, jax.Array]:
         """Index in `padded` of the pixel before the position, and the fraction beyond it."""

@@ -12,7 +12,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -307,22 +307,31 @@ def stream(
     Raises:
         DataError: an entry of the source is unusable.
     """
+    size = (size, size) if isinstance(size, int) else size
+    formats = {"mask_format": mask_format, "image_format": image_format}
+    order = np.arange(len(source)) if order is None else order
+    decode = partial(decode_resized, source, size=size, **formats)
+    yield from decoded_batches(decode, order, batch_size)
+
+
+def decoded_batches(
+    decode: Callable[[int], Sequence[Any]], order: np.ndarray, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Batches of what a function makes of each index, on all cores while they are consumed.
+
+    Args:
+        decode: an index to image, mask, and perhaps more.
+        order, batch_size: as `batches` takes them.
+    """
     import grain
 
-    order = np.arange(len(source)) if order is None else order
-    size = (size, size) if isinstance(size, int) else size
-
-    def stack(
-        pairs: Sequence[tuple[np.ndarray, np.ndarray, str, np.ndarray]],
-    ) -> dict[str, np.ndarray]:
-        index, weight = pad(np.arange(len(pairs)), batch_size)
-        resized, masks, *_ = zip(*(pairs[i] for i in index), strict=True)
-        return {"image": np.stack(resized), "mask": np.stack(masks), "weight": weight}
+    def stack(examples: Sequence[Sequence[Any]]) -> dict[str, np.ndarray]:
+        index, weight = pad(np.arange(len(examples)), batch_size)
+        images, masks = ([examples[i][part] for i in index] for part in (0, 1))
+        return {"image": np.stack(images), "mask": np.stack(masks), "weight": weight}
 
     read_options = grain.ReadOptions(
         num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * batch_size
     )
-    formats = {"mask_format": mask_format, "image_format": image_format}
-    decode = partial(decode_resized, source, size=size, **formats)
     decoded = grain.MapDataset.source(order.tolist()).map(decode)
     yield from decoded.to_iter_dataset(read_options).batch(batch_size, batch_fn=stack)

@@ -10,7 +10,7 @@ Metrics are defined in `flax_unet.metrics` and `flax_unet.boundary`.
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -18,13 +18,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
-from flax_unet import boundary, classes, data, formats, images, metrics, pictures
+from flax_unet import boundary, classes, cpu, data, formats, images, metrics, pictures
 from flax_unet.classes import IGNORE
 from flax_unet.formats import MaskFormat
 from flax_unet.images import ImageFormat
 from flax_unet.losses import bce
 from flax_unet.model import accepted
+from flax_unet.predict import is_tiled, predict_proba
 from flax_unet.train import Loss, make_eval_step, make_forward, make_losses
 
 RATIOS = (metrics.dice, metrics.iou, metrics.precision, metrics.recall)
@@ -35,6 +37,9 @@ POLYP_SIZES = {
     "medium": (0.05, 0.2),
     "large": (0.2, 1.01),
 }
+
+#: Height and width of the pictures that are kept of those predicted in tiles.
+SHOWN = 384, 384
 
 _eval_step = lru_cache(maxsize=8)(make_eval_step)
 
@@ -93,6 +98,8 @@ class Scores(NamedTuple):
     prediction: np.ndarray  # of the mask's shape: float16 probabilities of one class, else uint8
     result: dict[str, Any]  # of `train.eval_step`, with padding and without logits
     own_size: list[list[dict[str, Any]]]  # `score_picture` of each class, at the own sizes
+    thresholds: np.ndarray  # int64 [n, 2, 102], at the own sizes: pixels of background and of one
+    # class by ceil(100 p), see `best_threshold`; [n, 0] of several classes
     reliability: metrics.Reliability  # at the own sizes; of exclusive classes the predicted one's
     emptied: int  # masks that lost a class in resizing
     matrix: np.ndarray  # int64 [K, K], at the own sizes: pixels by true and predicted class; or
@@ -104,69 +111,59 @@ def score(
     model: Any,
     variables: Any,
     source: Sequence[dict[str, Any]],
-    size: int | tuple[int, int],
+    size: int | tuple[int, int] | None,
     mask_format: MaskFormat | None = None,
     image_format: ImageFormat | None = None,
     *,
     batch_size: int = 8,
     loss_fn: Loss = bce,
     tolerance: float = 1.0,
+    threshold: float = 0.5,
 ) -> Iterator[Scores]:
     """Decode and predict each picture once, and score it at the network's size and at its own.
 
     Args:
-        model: the network, or `predict.Mirrored`.
+        model: the network, or `predict.Mirrored`, or `predict.Tiled`.
         variables: its parameters (and state).
         source: see `flax_unet.data`.
-        size: height and width of the network's images.
+        size: height and width of the network's images; None for `predict.Tiled`, which predicts
+            pictures at their own size alone.
         mask_format: what the values of the masks mean; by default found from this source.
         image_format: channels and range of the images; likewise.
         batch_size: pictures at a time; affects `iou_coef`, speed and memory.
-        loss_fn: (logits, labels) to the loss per image.
+        loss_fn: (logits, labels) to the loss per image; unused by `predict.Tiled`.
         tolerance: of the surface Dice, in percent of the picture's diagonal.
+        threshold: probability above which a pixel is of a class; exclusive classes have none.
 
     Yields:
-        `Scores` of each batch.
+        `Scores` of each batch; with `predict.Tiled` of each picture.
 
     Raises:
         DataError: the source is empty, or an entry is unusable.
+        ValueError: the threshold is not in [0, 1), or the classes have none.
     """
     if not len(source):
         raise pictures.DataError("the data set is empty")
-
-    decode = partial(
-        data.decode_resized,
-        source,
-        size=(size, size) if isinstance(size, int) else size,
-        mask_format=mask_format or formats.find(source),
-        image_format=image_format or images.find(source),
-    )
-
     overlapping = classes.is_overlapping(model)
-
-    def at_own_size(proba: np.ndarray, true: np.ndarray) -> tuple[Any, Any, np.ndarray]:
-        proba, counted = pictures.resize_image(proba, true.shape[:2]), true != IGNORE
-        predicted, k = classes.decide(proba, overlapping=overlapping), proba.shape[-1]
-        if overlapping or k == 1:
-            found, there, sure, right = predicted == 1, true == 1, proba, true
-        else:  # each class against the rest
-            found, there = (x == np.arange(k) for x in (predicted, true))
-            sure, right = proba.max(-1, keepdims=True), predicted == true
-        channels = np.broadcast_to(counted, found.shape)
-        scores = [
-            score_picture(
-                found[..., i], there[..., i], counted=channels[..., i], tolerance=tolerance
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold is {threshold}: it must be in [0, 1)")
+    mask_format = mask_format or formats.find(source)
+    if mask_format.channels > 1 and not overlapping and threshold != 0.5:
+        raise ValueError("exclusive classes have no threshold: the most probable one is predicted")
+    decide = partial(classes.decide, threshold=threshold, overlapping=overlapping)
+    read = {"mask_format": mask_format, "image_format": image_format or images.find(source)}
+    at_own_size = partial(_at_own_size, decide=decide, overlapping=overlapping, tolerance=tolerance)
+    if size is None:
+        for i in range(len(source)):
+            image, true = data.decode_pair(source[i], **read)
+            yield _score_tiled(
+                model, variables, source[i]["name"], image, true, at_own_size, decide
             )
-            for i in range(k)
-        ]
-        reliability = metrics.reliability(sure[counted], right[counted])
-        if overlapping:
-            return scores, reliability, np.zeros((0, 0), int)
-        k = max(2, k)
-        matrix = np.bincount(true[counted].astype(int) * k + predicted[counted], minlength=k * k)
-        return scores, reliability, matrix.reshape(k, k)
-
+        return
+    size = (size, size) if isinstance(size, int) else size
+    decode = partial(data.decode_resized, source, size=size, **read)
     forward, losses = None, make_losses(loss_fn)
+    recount = cpu.jit(partial(metrics.confusion, overlapping=overlapping))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(source), batch_size):
             index = range(start, min(start + batch_size, len(source)))
@@ -181,24 +178,126 @@ def score(
             seconds = time.perf_counter() - began
             logits = result.pop("logits")
             result["loss"] = losses(logits, batch)
+            if threshold != 0.5:
+                shifted = logits - scipy.special.logit(np.float32(threshold))
+                result["confusion"] = recount(shifted, batch["mask"])
             proba = np.asarray(classes.probabilities(logits, overlapping=overlapping))[: len(index)]
             classes.check_mask(mask, proba.shape[-1])
-            own_size, counts, matrices = zip(*pool.map(at_own_size, proba, true), strict=True)
-            one = proba.shape[-1] == 1 and not overlapping
+            own_size = list(pool.map(at_own_size, proba, true))
             yield Scores(
                 name=list(names),
                 image=image,
                 mask=mask,
-                prediction=proba.astype(np.float16)
-                if one
-                else classes.decide(proba, overlapping=overlapping),
+                prediction=_shown(proba, decide),
                 result=jax.device_get(result),
-                own_size=list(own_size),
-                reliability=_add(counts),
+                own_size=[each.scores for each in own_size],
+                thresholds=np.stack([each.thresholds for each in own_size]),
+                reliability=_add([each.reliability for each in own_size]),
                 emptied=sum(map(_lost_a_class, true, masks)),
-                matrix=np.sum(matrices, 0),
+                matrix=np.sum([each.matrix for each in own_size], 0),
                 seconds=seconds,
             )
+
+
+def _score_tiled(
+    model: Any,
+    variables: Any,
+    name: str,
+    image: np.ndarray,
+    true: np.ndarray,
+    at_own_size: Callable[..., "_OwnSize"],
+    decide: Callable[..., np.ndarray],
+) -> Scores:
+    """Scores of one picture at its own size, which is that of the network here."""
+    predict_proba(model, variables, image[:1, :1])  # compiles one window, before it is timed
+    began = time.perf_counter()
+    proba = predict_proba(model, variables, image)
+    seconds = time.perf_counter() - began
+    classes.check_mask(true, proba.shape[-1])
+    own = at_own_size(proba, true)
+    counts = [np.array([[each[key] for each in own.scores]]) for key in metrics.Confusion._fields]
+    return Scores(
+        name=[name],
+        image=pictures.resize_image(image, SHOWN)[None],
+        mask=pictures.resize_mask(true, SHOWN)[None],
+        prediction=_shown(pictures.resize_image(proba, SHOWN)[None], decide),
+        result={
+            "confusion": metrics.Confusion(*counts),
+            "loss": np.full(1, np.nan),  # of an image of any size it would be compiled for each
+            "iou_coef": np.nan,
+        },
+        own_size=[own.scores],
+        thresholds=own.thresholds[None],
+        reliability=own.reliability,
+        emptied=0,
+        matrix=own.matrix,
+        seconds=seconds,
+    )
+
+
+def _shown(proba: np.ndarray, decide: Callable[..., np.ndarray]) -> np.ndarray:
+    """What `Scores.prediction` keeps of probabilities [n, H, W, K]."""
+    return proba.astype(np.float16) if proba.shape[-1] == 1 else decide(proba)
+
+
+class _OwnSize(NamedTuple):
+    """A picture scored at its own size; see `Scores`."""
+
+    scores: list[dict[str, Any]]
+    thresholds: np.ndarray
+    reliability: metrics.Reliability
+    matrix: np.ndarray
+
+
+def _at_own_size(
+    proba: np.ndarray,
+    true: np.ndarray,
+    *,
+    decide: Callable[..., np.ndarray],
+    overlapping: bool,
+    tolerance: float,
+) -> _OwnSize:
+    if proba.shape[:2] != true.shape[:2]:
+        proba = pictures.resize_image(proba, true.shape[:2])
+    counted, predicted, k = true != IGNORE, decide(proba), proba.shape[-1]
+    if overlapping or k == 1:
+        found, there, sure, right = predicted == 1, true == 1, proba, true
+    else:  # each class against the rest
+        found, there = (x == np.arange(k) for x in (predicted, true))
+        sure, right = proba.max(-1, keepdims=True), predicted == true
+    channels = np.broadcast_to(counted, found.shape)
+    scores = [
+        score_picture(found[..., i], there[..., i], counted=channels[..., i], tolerance=tolerance)
+        for i in range(k)
+    ]
+    reliability = metrics.reliability(sure[counted], right[counted])
+    thresholds = np.zeros(0, int)
+    if k == 1:
+        steps = np.ceil(100 * proba[counted].astype(np.float64)).astype(int)
+        thresholds = np.bincount(steps + 102 * true[counted], minlength=204).reshape(2, 102)
+    if overlapping:
+        return _OwnSize(scores, thresholds, reliability, np.zeros((0, 0), int))
+    k = max(2, k)
+    matrix = np.bincount(true[counted].astype(int) * k + predicted[counted], minlength=k * k)
+    return _OwnSize(scores, thresholds, reliability, matrix.reshape(k, k))
+
+
+def best_threshold(thresholds: np.ndarray) -> tuple[float, np.ndarray]:
+    """The threshold with the highest mean Dice per picture, of 0, 0.01, ... 0.99.
+
+    Args:
+        thresholds: int [N, 2, 102], of each picture the pixels of background and of the class by
+            ceil(100 p) for their probability p.
+
+    Returns:
+        The threshold, and the mean Dice at each, [100].
+    """
+    # Above j / 100 are the pixels with ceil(100 p) > j.
+    above = thresholds[..., ::-1].cumsum(-1)[..., ::-1][..., 1:101]
+    fp, tp = above[:, 0], above[:, 1]
+    fn = thresholds[:, 1].sum(-1, keepdims=True) - tp
+    dice = metrics.dice(metrics.Confusion(tp, fp, fn, None)).mean(0)
+    return int(dice.argmax()) / 100, dice
 
 
 def _lost_a_class(mask: np.ndarray, resized: np.ndarray) -> bool:
@@ -251,7 +350,7 @@ def report(
 
     Returns:
         The report (a JSON-serialisable dict), the counts per image [N, C] at the network's size,
-        and the reliability.
+        and the reliability. With `predict.Tiled` there is neither `loss` nor `iou_coef`.
 
     Raises:
         ValueError: there are no batches.
@@ -269,8 +368,15 @@ def report(
     reliability = _add([batch.reliability for batch in batches])
     one = len(batches[0].own_size[0]) == 1
     own_size = _by_polyp_size(rows) if one else _by_class(rows, names)
+    if one:
+        best, dice = best_threshold(np.concatenate([batch.thresholds for batch in batches]))
+        own_size["best_threshold"] = {
+            "threshold": best,
+            "dice": dice.max(),
+            "dice_at_half": dice[50],
+        }
     content = {
-        **values,
+        **{name: value for name, value in values.items() if not np.isnan(value)},
         "classes": list(names),
         "masks_that_lost_a_class": sum(batch.emptied for batch in batches),
         "dice_per_image_interval": dice_interval,
@@ -340,15 +446,16 @@ def cost(model: Any, variables: Any, batches: Sequence[Scores]) -> dict[str, flo
         model, variables: as `score` takes them.
         batches: everything that `score` yielded.
     """
-    shape = batches[0].image.shape
+    shape, flop = batches[0].image.shape, None
     shapes = jax.eval_shape(lambda v: (v, jnp.zeros(shape, jnp.float32)), variables)
     try:  # only on the CPU backend does JAX estimate the work before it compiles
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            apply = partial(model.apply, **accepted(model, train=False))
-            counted = jax.jit(apply).lower(*shapes).cost_analysis() or {}
-        flop = counted.get("flops")
+            if not is_tiled(model):
+                apply = partial(model.apply, **accepted(model, train=False))
+                counted = jax.jit(apply).lower(*shapes).cost_analysis() or {}
+                flop = counted.get("flops")
     except (RuntimeError, NotImplementedError):  # JAX_PLATFORMS may exclude the CPU
-        flop = None
+        pass
     padded = len(batches[0].result["loss"])
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),

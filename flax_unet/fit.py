@@ -44,7 +44,7 @@ def fit(
     loss_fn: Loss,
     state: TrainState,
     n: int,
-    batches: Callable[[np.ndarray], Iterator[Batch]],
+    batches: Callable[..., Iterator[Batch]],
     *,
     key: jax.Array,
     seed: int,
@@ -58,6 +58,7 @@ def fit(
     remat: bool = False,
     frozen: Sequence[str] = (),
     mesh: Mesh | None = None,
+    check_values: bool = True,
 ) -> Iterator[Epoch]:
     """Train from a state to the last epoch.
 
@@ -69,7 +70,8 @@ def fit(
         state: donated; from `train.create_train_state`, or the state of an earlier `Epoch`.
         n: number of training images.
         batches: maps image indices to batches of those images, in order: `data.batches` or
-            `data.stream` with the other arguments bound.
+            `data.stream` with the other arguments bound. If it has an argument `epoch`, as
+            `crops.batches`, it is given that too, from 0.
         key: PRNG key of dropout and augmentation.
         seed: of the order of the images.
         epochs: number of the last epoch.
@@ -79,6 +81,7 @@ def fit(
         stop: called after each step and each epoch; if true, the epoch is yielded as it is, as the
             last one.
         augment, accumulate, remat, frozen, mesh: see `train.make_train_step`.
+        check_values: whether to look for values in the batches that no network can be trained on.
 
     Yields:
         Each epoch.
@@ -119,12 +122,13 @@ def fit(
         done, stopped, started = len(rows) * batch_size, False, time.perf_counter()
         # The metrics of a step are fetched while the device runs the next one.
         pending: list[tuple[int, dict[str, Any], np.ndarray]] = []
-        for batch in batches(data.shuffled(n, seed, epoch)[done:]):
-            if channels is None:
+        order = data.shuffled(n, seed, epoch)[done:]
+        for batch in batches(order, **accepted(batches, epoch=epoch)):
+            if check_values and channels is None:
                 data.check(batch["image"], batch["mask"])
                 channels = _channels(model, state.variables, batch["image"])
                 check_mask(batch["mask"], channels)
-            elif "index" not in batch:  # the arrays on a device stay the same
+            elif check_values and "index" not in batch:  # the arrays on a device stay the same
                 check_mask(batch["mask"], channels)
             state, result = step_fn(state, batch, key)
             step += 1

@@ -97,7 +97,7 @@ class Recipe:
     about: str
     model: UNet
     loss: str = "bce"
-    augment: dict[str, dict[str, float]] = field(default_factory=dict)
+    augment: dict[str, dict[str, Any]] = field(default_factory=dict)
     optimizer: Adam | AdamW = Adam()
     imagenet: bool = False
     class_weight: tuple[float, ...] | None = None
@@ -176,6 +176,7 @@ def configure(
     num_classes: int = 1,
     overlapping: bool = False,
     upright: bool = False,
+    crop: tuple[int, int] | None = None,
 ) -> Recipe:
     """The recipe with another network.
 
@@ -190,6 +191,8 @@ def configure(
         num_classes: 1, or the number of classes.
         overlapping: whether these are independent of each other, and not exclusive.
         upright: whether pictures have a top, and `random_affine` rotates them by `TILT` at most.
+        crop: height and width of the crops that it is trained on, if it is. `random_affine` takes
+            them from larger frames, see `flax_unet.crops`, and shifts nothing.
 
     Raises:
         ValueError: the recipe has no encoder, or the number of features is wrong.
@@ -208,6 +211,8 @@ def configure(
         affine = affine and affine | {"outside": IGNORE}
         if not overlapping:
             recipe = replace(recipe, loss=EXCLUSIVE.get(recipe.loss, recipe.loss))
+    if crop is not None:
+        affine = affine and affine | {"size": crop, "outside": IGNORE, "shift": 0.0}
     if affine:
         recipe = replace(recipe, augment=recipe.augment | {"random_affine": affine})
     if isinstance(model.dropout, tuple):

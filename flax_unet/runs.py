@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flax_unet
-from flax_unet import checkpoint, formats, images, pack, recipes, train
+from flax_unet import checkpoint, formats, images, pack, predict, recipes, train
 from flax_unet.efficientnet import with_imagenet
 from flax_unet.folders import MaskFiles
 from flax_unet.formats import BINARY, MaskFormat
@@ -57,6 +57,11 @@ class Settings:
     image_size: int | tuple[int, int] = 256
     """Height and width of the resized images, one number for squares: multiples of 32; each level
     fewer in --features halves that."""
+    crop: int | tuple[int, int] | None = None
+    """Train on random crops of this height and width at the pictures' own resolution, in place of
+    --image-size, for large pictures with fine structures. A third of the crops are centred at a
+    pixel of a class; an epoch has as many as cover the area of all pictures. predict and evaluate
+    then work in windows of this size."""
     batch_size: int = 8
     """Images per step."""
     epochs: int = 100
@@ -74,9 +79,16 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters are float32."""
 
+    def __post_init__(self):
+        if self.crop is None:
+            return
+        if self.image_size not in (Settings.image_size, self.crop):
+            raise ValueError("give only one of --image-size and --crop")
+        object.__setattr__(self, "image_size", self.crop)
+
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the images."""
+        """Height and width of the images, or of the crops."""
         side = self.image_size
         return (side, side) if isinstance(side, int) else side
 
@@ -160,6 +172,7 @@ def configure(
         num_classes=mask_format.channels,
         overlapping=mask_format.overlapping,
         upright=settings.upright,
+        crop=None if settings.crop is None else settings.size,
     )
     model, size = recipe.model, settings.image_size
     if any(side % model.stride for side in settings.size):
@@ -360,7 +373,7 @@ def from_json(content: dict[str, Any], workdir: Path) -> tuple[Settings, Places]
     settings, places = dict(content["settings"]), dict(content["places"])
     settings["features"] = tuple(settings["features"])
     settings["init"] = settings["init"] and Path(settings["init"])
-    for name in ("image_size", "class_weights"):
+    for name in ("image_size", "crop", "class_weights"):
         if isinstance(settings[name], list):
             settings[name] = tuple(settings[name])
     for name in ("kvasir_zip", "images", "masks", "split_file", "data_dir"):
@@ -557,6 +570,26 @@ class Trained(NamedTuple):
     mask_format: MaskFormat | None  # of the masks it was trained on; None if it is not recorded
     image_format: ImageFormat
     checkpoint: str  # best or latest
+
+    def predictor(
+        self, *, flips: bool = False, window: int | tuple[int, int] | None = None, **tiled: Any
+    ) -> tuple[Any, tuple[int, int] | None]:
+        """The model as it predicts, and the size to which it wants images resized, if it does.
+
+        Args:
+            flips: whether to average over flips, see `predict.Mirrored`.
+            window: of `predict.Tiled`, which takes images at their own size; by default the crops'
+                size if the model was trained on some, else images are resized as in training.
+            tiled: more arguments of `predict.Tiled`.
+
+        Raises:
+            ValueError: the window does not fit the model.
+        """
+        model = predict.Mirrored(self.model, self.settings.upright) if flips else self.model
+        window = window or self.settings.crop
+        if window is None:
+            return model, self.settings.size
+        return predict.Tiled(model, window, **tiled), None
 
 
 def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> Trained:

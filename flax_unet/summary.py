@@ -41,7 +41,7 @@ def facts(mask: np.ndarray, resized: np.ndarray) -> Facts:
         there = there[box]
         regions, n = ndimage.label(there)  # type: ignore[misc]
         objects += n
-        if n == 1 and str(index) in kept:  # the rest is slow
+        if resized is mask or (n == 1 and str(index) in kept):  # the rest is slow
             continue
         enlarged = Image.fromarray(resized[..., channel])
         enlarged = enlarged.resize((width, height), Image.Resampling.NEAREST)

@@ -49,7 +49,7 @@ def table_row(name: str, values: np.ndarray, base: np.ndarray) -> str:
 
 def run(options: Options) -> None:
     """Train what is missing, and print the table."""
-    arrays = open_study(options, "strong", unused=("recipe", "encoder", "init", "stream"))
+    arrays = open_study(options, "strong", unused=("recipe", "encoder", "init", "stream", "crop"))
     settings = settings_for(options, "strong")
     rows: dict[str, Recipe] = {
         name: runs.configure(recipe, settings) for name, recipe in ROWS.items()

@@ -63,7 +63,7 @@ def save_picture(file: Path, results: dict[str, dict[int, np.ndarray]]) -> None:
 
 def run(options: Options) -> None:
     """Train what is missing, print the table, draw the picture."""
-    arrays = open_study(options, *RECIPES, unused=("recipe", "init", "stream"))
+    arrays = open_study(options, *RECIPES, unused=("recipe", "init", "stream", "crop"))
     workdir = options.places.workdir
     results = {
         name: dice_by_images(workdir, settings_for(options, name), arrays) for name in RECIPES

@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from flax_unet import data, draw, formats, images, metrics, predict, runs
+from flax_unet import data, draw, formats, images, metrics, runs
 from flax_unet.evaluate import RATIOS, Scores, cost, report, score
 from flax_unet.folders import MaskFiles
 from flax_unet.formats import MaskFormat
@@ -57,6 +57,11 @@ class Options:
     flips: bool = False
     """Average the prediction over the 4 flips of each image, at 4 times the work; over the 2 flips
     left to right for a model trained with --upright."""
+    window: int | tuple[int, int] | None = None
+    """Predict the pictures at their own size, in overlapping windows of this height and width, in
+    place of resizing them; by default if the model was trained on crops, of their size."""
+    threshold: float = 0.5
+    """Probability above which a pixel is of a class (one class or overlapping ones)."""
 
 
 def open_split(
@@ -127,10 +132,12 @@ def _classes(n: int, overlapping: bool) -> str:
 def show(content: dict[str, Any]) -> None:
     """Print what matters of a report."""
     own_size = content["own_size"]
+    best = own_size.get("best_threshold")
     counted = {k: v for k, v in content["cost"].items() if v is not None}
     print(
         f"{content['protocol']}, {content['what']}: {content['n_images']} images, "
-        f"{content['checkpoint']} checkpoint (step {content['step']})"
+        f"{content['checkpoint']} checkpoint (step {content['step']}), "
+        + (f"windows of {content['window']}" if content["window"] else "resized")
     )
     if lost := content["masks_that_lost_a_class"]:
         print(f"note: {lost} masks lost a class in resizing: see the scores at the own sizes")
@@ -143,6 +150,11 @@ def show(content: dict[str, Any]) -> None:
     print("  at the pictures' own sizes (means per image; distances in % of the diagonal):")
     (show_classes if "by_class" in own_size else show_foreground)(own_size)
     print(f"    calibration error {own_size['calibration_error']:.4f}")
+    if best and content["what"] == "validation":
+        print(
+            f"    dice at threshold {best['threshold']:g}: {best['dice']:.4f}, at 0.5: "
+            f"{best['dice_at_half']:.4f}; 0.5 is used unless you say --threshold"
+        )
     for name, value in counted.items():
         print(f"  {name:<20}{value:{',' if isinstance(value, int) else '.2f'}}")
 
@@ -183,8 +195,7 @@ def run(options: Options) -> None:
     trained = runs.load_model(options.workdir, which)
     settings = trained.settings
     source, what, protocol = open_split(options, trained)
-    upright = settings.upright
-    model = predict.Mirrored(trained.model, upright) if options.flips else trained.model
+    model, size = trained.predictor(flips=options.flips, window=options.window, progress=True)
     n, batches = len(source), []
     mask_format = format_of(options, trained, source)
     image_format = options.ranges.apply(trained.image_format)
@@ -193,12 +204,13 @@ def run(options: Options) -> None:
             model,
             trained.variables,
             source,
-            settings.size,
+            size,
             mask_format,
             image_format,
             batch_size=settings.batch_size,
             loss_fn=trained.loss_fn,
             tolerance=TOLERANCE,
+            threshold=options.threshold,
         ):
             batches.append(batch)
             bar.update(len(batch.name))
@@ -213,7 +225,9 @@ def run(options: Options) -> None:
         "checkpoint": trained.checkpoint,
         "step": trained.step,
         "flips": options.flips,
-        "image_size": settings.image_size,
+        "threshold": options.threshold,
+        "image_size": settings.image_size if size else None,
+        "window": model.window if size is None else None,
         "images": images.to_json(image_format),
         "masks": formats.to_json(mask_format),
         "fingerprint": fingerprint,
@@ -234,6 +248,9 @@ def run(options: Options) -> None:
 
     stem = f"evaluation-{what}" + ("" if trained.checkpoint == "best" else f"-{trained.checkpoint}")
     stem += "-flips" if options.flips else ""
+    if options.window is not None:
+        stem += "-window-" + "x".join(map(str, model.size))
+    stem += f"-threshold-{options.threshold:g}" if options.threshold != 0.5 else ""
     stem += "-ranged" if image_format != trained.image_format else ""
     out.mkdir(parents=True, exist_ok=True)
     runs.write_atomically(out / f"{stem}.json", json.dumps(content, indent=2) + "\n")

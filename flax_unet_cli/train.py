@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from flax_unet import checkpoint, data, draw, images, runs, summary
-from flax_unet.classes import IGNORE, decide
+from flax_unet import checkpoint, crops, data, draw, images, runs, summary
+from flax_unet.classes import decide
 from flax_unet.evaluate import evaluate
 from flax_unet.fit import Epoch, check_finite, fit
 from flax_unet.formats import MaskFormat
@@ -88,7 +88,7 @@ def run(options: Options) -> int:
     mask_format = mask_format_of(settings, sources, options.masks)
     print(f"images: {image_format}\nmasks: {mask_format}", flush=True)
     recipe = runs.recipe_of(settings, mask_format, image_format)
-    pictures = load_pictures(options, sources, mask_format, image_format)
+    pictures = load_pictures(options, sources, recipe, mask_format, image_format)
     recipe = with_class_weights(recipe, settings, pictures)
     training = runs.build(settings, recipe, pictures.n)
     hashes = fingerprints(sources, pictures)
@@ -141,15 +141,19 @@ def run(options: Options) -> int:
 class Pictures(NamedTuple):
     """What a run learns from."""
 
-    n: int  # training images
-    batches: Callable[[np.ndarray], Iterator[dict[str, Any]]]  # of those with the given indices
-    train: data.Arrays | None  # None if they are streamed
+    n: int  # training images or crops in an epoch
+    batches: Callable[..., Iterator[dict[str, Any]]]  # of those with the given indices
+    train: data.Arrays | None  # None if they are streamed; without pixels if there are crops
     validation: data.Arrays
     seen: dict[str, dict[bytes, str]]  # by split, the hash and name of each picture
 
 
 def load_pictures(
-    options: Options, sources: Sources, mask_format: MaskFormat, image_format: ImageFormat
+    options: Options,
+    sources: Sources,
+    recipe: Recipe,
+    mask_format: MaskFormat,
+    image_format: ImageFormat,
 ) -> Pictures:
     """The pictures of a run; the training pictures are on the device unless they are streamed.
 
@@ -163,16 +167,65 @@ def load_pictures(
     def load(split: str) -> data.Arrays:
         return load_split(settings, sources, split, mask_format, image_format, seen[split])
 
+    formats = {"mask_format": mask_format, "image_format": image_format}
+    if settings.crop is not None:
+        return load_crops(options, sources, recipe, formats, seen)
     if options.places.stream:
-        if find_spec("grain") is None:
-            raise DataError("--stream needs grain: pip install 'flax-unet[stream]'")
-        formats = {"mask_format": mask_format, "image_format": image_format}
+        check_grain()
         batches = partial(data.stream, source, settings.size, size, **formats)
     else:
         arrays = data.to_device(load("train"))
         batches = partial(data.batches, arrays, size)
     validation = load("validation")
     return Pictures(len(source), batches, arrays, validation, seen)
+
+
+def load_crops(
+    options: Options,
+    sources: Sources,
+    recipe: Recipe,
+    formats: dict[str, Any],
+    seen: dict[str, dict[bytes, str]],
+) -> Pictures:
+    """The pictures of a run on crops. They are streamed, too, if the device has no room for them.
+
+    Raises:
+        ValueError: as `load_pictures`.
+    """
+    settings, streamed, arrays = options.settings, options.places.stream, None
+    source, validation = (split_of(settings, sources, x) for x in ("train", "validation"))
+    areas = crops.areas(source)
+    needed = sum(areas) * crops.bytes_per_pixel(**formats)
+    if not streamed and needed > (room := crops.memory() / 2):
+        streamed = True
+        print(
+            f"the pictures take {needed / 1e9:.1f} GB, more than half of the memory "
+            f"({room / 1e9:.1f} GB): they are decoded for each crop, as with --stream"
+        )
+    frame = crops.frame_of(settings.size, recipe.augment.get("random_affine"))
+    cut = crops.crops_of(areas, settings.size, frame, settings.seed)
+    height, width = settings.size
+    print(
+        f"an epoch has {len(cut)} crops of {height}x{width} from {len(source)} pictures, as many "
+        "as cover their area; a third of them are centred at a pixel of a class"
+    )
+    if streamed:
+        check_grain()
+        batches = partial(crops.stream, source, cut, settings.batch_size, **formats)
+    else:
+        resident = crops.load(source, **formats, padding=frame[1], pictures=seen["train"])
+        batches, arrays = (
+            partial(crops.batches, resident, cut, settings.batch_size),
+            resident.arrays,
+        )
+    tiles = crops.whole(validation, settings.size, **formats, pictures=seen["validation"])
+    return Pictures(len(cut), batches, arrays, tiles, seen)
+
+
+def check_grain() -> None:
+    """Raise DataError if grain is missing."""
+    if find_spec("grain") is None:
+        raise DataError("--stream needs grain: pip install 'flax-unet[stream]'")
 
 
 def with_class_weights(recipe: Recipe, settings: runs.Settings, pictures: Pictures) -> Recipe:
@@ -189,7 +242,8 @@ def with_class_weights(recipe: Recipe, settings: runs.Settings, pictures: Pictur
     if weights == "frequency":
         if pictures.train is None:
             raise ValueError("--class-weights frequency does not go with --stream: give numbers")
-        number = np.bincount(np.asarray(pictures.train.mask).ravel(), minlength=IGNORE + 1)[:k]
+        pixels = [facts.resized for facts in pictures.train.facts]
+        number = np.array([sum(each.get(str(i), 0) for each in pixels) for i in range(k)])
         if not number.all():
             raise ValueError(f"class {number.argmin()} is in no training mask, so it has no weight")
         weights = tuple((np.median(number) / number).round(4).tolist())
@@ -310,6 +364,7 @@ def train(
         records=records,
         on_step=on_step,
         stop=lambda: bool(stop),
+        check_values=settings.crop is None,  # crops may hold nothing, and what does not count
     )
     with bar, event_writer(workdir, int(state.step)) as events:
         for epoch in epochs:
@@ -338,8 +393,8 @@ def train(
             if epoch.number % max(1, settings.epochs // 10) == 0 or epoch.number == settings.epochs:
                 file = workdir / "samples" / f"epoch-{epoch.number:04d}.png"
                 save_samples(file, training.model, epoch.state.variables, validation)
-            dice = scores["dice_per_image" if training.model.num_classes == 1 else "dice_pooled"]
-            save(epoch.state, [], dice)
+            per_image = training.model.num_classes == 1 and settings.crop is None
+            save(epoch.state, [], scores["dice_per_image" if per_image else "dice_pooled"])
             if events is not None:
                 try:
                     events(line)

@@ -281,3 +281,62 @@ def test_a_loss_made_on_the_spot_does_not_compile_the_network_again():
     ]
     np.testing.assert_allclose(values, values[0] * np.array([1, 2, 3]), rtol=1e-6)
     assert len(traced) == 1
+
+
+def test_pictures_in_tiles_are_scored_at_their_own_sizes_alone():
+    source, truth = drawn(5)
+    tiled = predict.Tiled(Bright(), 16)
+    batches = list(evaluate.score(tiled, {}, source, None))
+    content, counts, _ = evaluate.report(batches)
+    for i, (disc, mask) in enumerate(truth):
+        row = content["own_size"]["images"][i]
+        both = (disc & mask).sum(), (disc & ~mask).sum(), (~disc & mask).sum()
+        assert (row["tp"], row["fp"], row["fn"]) == both
+        assert [int(count[i, 0]) for count in counts][:3] == list(both)
+    assert content["dice_per_image"] == content["own_size"]["per_image"]["dice"]["mean"]
+    assert "loss" not in content and "iou_coef" not in content
+    json.dumps(content, allow_nan=False)
+    assert evaluate.cost(tiled, {"params": {}}, batches)["gflop_per_image"] is None
+
+
+def spread(n):
+    """Pictures of random greys, and masks that agree with the brighter ones most of the time."""
+    rng, source, pairs = np.random.default_rng(2), [], []
+    for i in range(n):
+        grey = rng.integers(90, 170, (20, 30), np.uint8)
+        mask = rng.random((20, 30)) < (grey - 90.0) / 80
+        picture = png(np.stack([grey] * 3, -1))
+        source.append({"name": str(i), "image": picture, "mask": png(255 * mask.astype(np.uint8))})
+        pairs.append((reference.sigmoid(20 * (grey / 255 - 0.5)), mask))
+    return source, pairs
+
+
+def dice_of(proba, mask, threshold):
+    predicted = proba > threshold
+    return 2 * (predicted & mask).sum() / max(1, predicted.sum() + mask.sum())
+
+
+@pytest.mark.parametrize("size", [None, (20, 30)], ids=["tiles", "resized"])
+def test_a_threshold_decides_at_both_sizes_and_the_best_one_is_reported(size):
+    source, pairs = spread(4)
+    model = predict.Tiled(Bright(), 16) if size is None else Bright()
+    for threshold in (0.3, 0.5, 0.72):
+        batches = list(evaluate.score(model, {}, source, size, threshold=threshold))
+        content, counts, _ = evaluate.report(batches)
+        expected = [dice_of(proba, mask, threshold) for proba, mask in pairs]
+        rows = [row["dice"] for row in content["own_size"]["images"]]
+        np.testing.assert_allclose(rows, expected, rtol=1e-6)
+        np.testing.assert_allclose(metrics.dice(counts)[:, 0], expected, rtol=1e-6)
+        steps = [np.mean([dice_of(*pair, j / 100) for pair in pairs]) for j in range(100)]
+        best = content["own_size"]["best_threshold"]
+        assert best["threshold"] == np.argmax(steps) / 100 != 0.5
+        np.testing.assert_allclose([best["dice"], best["dice_at_half"]], [max(steps), steps[50]])
+
+
+def test_a_threshold_that_is_none_is_refused():
+    source, _ = drawn(2)
+    with pytest.raises(ValueError, match=r"threshold is 1: it must be in \[0, 1\)"):
+        list(evaluate.score(Bright(), {}, source, 40, threshold=1))
+    three = formats.MaskFormat(values=((0, 0), (255, 1)), names=("a", "b", "c"))
+    with pytest.raises(ValueError, match="exclusive classes have no threshold"):
+        list(evaluate.score(Bright(), {}, source, 40, three, RGB, threshold=0.4))
