@@ -11,7 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PACKAGES = "jax jaxlib flax optax keras tensorflow tensorflow-cpu torch torchvision".split()
+PACKAGES = (
+    "jax jaxlib flax optax keras tensorflow tensorflow-cpu torch torchvision onnxruntime openvino"
+).split()
 
 #: {task: {name of the worker: one value per round}}
 Results = dict[str, dict[str, list[float]]]

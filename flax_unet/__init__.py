@@ -14,6 +14,7 @@ From pictures to batches
     parallel      one function for many files, on all cores
     summary       what a data set holds, and what resizing costs it
     data          data sets in memory, batches, streams
+    crops         crops of pictures at their own resolution
     augment       random changes of images and masks, on the device
 
 Losses and metrics
@@ -31,9 +32,21 @@ Trained models
     checkpoint    states on disk (Orbax)
     runs          a run's folder; load_model
     pack          a model as a small folder to ship
+    tiles         windows that cover a picture, and the weights that blend them
     predict       probabilities of images and pictures of any size
+    objects       connected objects of a mask: area, box, centroid
+    video         videos, a frame at a time (ffmpeg)
     evaluate      scores over a data set, and the report
+    report        the report as a page of HTML
+    svg           its plots
     draw          pictures of predictions, learning curves
+
+To and from other programs
+    onnx_file     a model as an ONNX file, and ONNX Runtime
+    stablehlo_file  a model as a StableHLO file for jax alone
+    safetensors_file  a model's weights for PyTorch and others
+    keras_file    weights of the tutorial's network from Keras' files
+    hdf5_file     reads the arrays of an HDF5 file that may be hostile
 """
 
 __version__ = "0.2.0"

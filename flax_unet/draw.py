@@ -206,3 +206,26 @@ def save_reliability(path: str | os.PathLike, reliability: Reliability) -> None:
     for axes in (fraction, number):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def outlines(image: np.ndarray, mask: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Draw the border of each class but 0 into an image, in its colour; see `outline`.
+
+    Args:
+        image: see `as_rgb`.
+        mask: uint8 [H, W, 1] of class indices, or [H, W, K] of 0 and 1: classes 1 to K, of which
+            the last is drawn on top.
+        colours: uint8 [more than the largest index, 3].
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    result = as_rgb(image).copy()
+    if mask.shape[-1] == 1:
+        present = np.flatnonzero(np.bincount(mask.ravel()))
+        classes = {i: mask[..., 0] == i for i in present if i > 0}
+    else:
+        classes = {i: mask[..., i - 1] == 1 for i in range(1, mask.shape[-1] + 1)}
+    for i, of_class in classes.items():
+        result[outline(of_class)] = colours[i]
+    return result

@@ -26,7 +26,7 @@ from flax_unet.formats import MaskFormat
 from flax_unet.images import ImageFormat
 from flax_unet.losses import bce
 from flax_unet.model import accepted
-from flax_unet.predict import is_tiled, predict_proba
+from flax_unet.predict import is_on_host, predict_proba
 from flax_unet.train import Loss, make_eval_step, make_forward, make_losses
 
 RATIOS = (metrics.dice, metrics.iou, metrics.precision, metrics.recall)
@@ -450,7 +450,7 @@ def cost(model: Any, variables: Any, batches: Sequence[Scores]) -> dict[str, flo
     shapes = jax.eval_shape(lambda v: (v, jnp.zeros(shape, jnp.float32)), variables)
     try:  # only on the CPU backend does JAX estimate the work before it compiles
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            if not is_tiled(model):
+            if not is_on_host(model):
                 apply = partial(model.apply, **accepted(model, train=False))
                 counted = jax.jit(apply).lower(*shapes).cost_analysis() or {}
                 flop = counted.get("flops")

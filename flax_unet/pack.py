@@ -101,11 +101,18 @@ def _upgrade(described: dict[str, Any]) -> dict[str, Any]:
     return attributes
 
 
-def save(folder: str | os.PathLike, packed: Packed) -> None:
+def save(
+    folder: str | os.PathLike, packed: Packed, *, kernels: type[np.floating] = np.float16
+) -> None:
     """Write a model; kernels are rounded to float16, the few other arrays are float32.
 
+    Args:
+        folder: to create.
+        packed: the model.
+        kernels: their type in the file; np.float32 rounds nothing, in twice the space.
+
     Raises:
-        ValueError: a kernel is not finite in float16, or the model cannot be described.
+        ValueError: a kernel is not finite in its type, or the model cannot be described.
         TypeError: `about` is not JSON.
         FileExistsError: the folder already holds a model.
     """
@@ -118,7 +125,7 @@ def save(folder: str | os.PathLike, packed: Packed) -> None:
     by_name = cast(dict[str, Any], flatten_dict(packed.variables, sep="/"))
     for name, x in by_name.items():
         with np.errstate(over="ignore"):
-            arrays[name] = np.asarray(x, np.float16 if np.ndim(x) > 1 else np.float32)
+            arrays[name] = np.asarray(x, kernels if np.ndim(x) > 1 else np.float32)
         if not np.isfinite(arrays[name]).all():
             raise ValueError(
                 f"{name} has NaN, infinity or values beyond {arrays[name].dtype}: do not export it"

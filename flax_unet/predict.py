@@ -78,7 +78,7 @@ class Tiled:
             With 1/2 the network computes each pixel about 4 times.
         blend: how the weights of a window decrease from its centre, see `tiles.weights`.
         batch_size: windows at a time.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar if it takes more than a second.
     """
 
     model: Any
@@ -98,6 +98,10 @@ class Tiled:
     def size(self) -> tuple[int, int]:
         """Height and width of a window."""
         return (self.window, self.window) if isinstance(self.window, int) else self.window
+
+    @property
+    def on_host(self) -> bool:
+        return True
 
     @property
     def stride(self) -> int:
@@ -138,7 +142,7 @@ class Tiled:
             return logits_of(variables, np.stack(cuts))
 
         with tqdm(
-            total=len(windows), unit=" windows", leave=False, disable=not self.progress
+            total=len(windows), unit=" windows", leave=False, delay=1, disable=not self.progress
         ) as bar:
             following = dispatch(parts[0])
             for i, part in enumerate(parts):
@@ -157,13 +161,22 @@ class Tiled:
         return result
 
 
-def is_tiled(model: Any) -> bool:
-    """Whether a model takes images of any size, on the host."""
-    return isinstance(model, Tiled) or (isinstance(model, Mirrored) and is_tiled(model.model))
+def is_on_host(model: Any) -> bool:
+    """Whether a model computes logits in NumPy, such as `Tiled` or `onnx_file.OnnxModel`.
+
+    JAX cannot compile such a model, which says so by an attribute `on_host`.
+    """
+    return getattr(model, "on_host", False) or (
+        isinstance(model, Mirrored) and is_on_host(model.model)
+    )
 
 
 @lru_cache(maxsize=8)
 def _logits(model: Any) -> Any:
+    """A function of variables and an image, uint8 or float, to logits."""
+    if is_on_host(model):
+        return model.apply
+
     def logits(variables: Any, image: jax.Array) -> jax.Array:
         inference = accepted(model, train=False)
         return model.apply(variables, pictures.as_float(image), **inference)
@@ -174,7 +187,7 @@ def _logits(model: Any) -> Any:
 @lru_cache(maxsize=8)
 def _apply(model: Any) -> Any:
     overlapping = classes.is_overlapping(model)
-    if not is_tiled(model):
+    if not is_on_host(model):
         return cpu.jit(
             lambda variables, image: classes.probabilities(
                 _logits(model)(variables, image), overlapping=overlapping

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flax_unet
-from flax_unet import checkpoint, formats, images, pack, predict, recipes, train
+from flax_unet import checkpoint, formats, images, onnx_file, pack, predict, recipes, train
 from flax_unet.efficientnet import with_imagenet
 from flax_unet.folders import MaskFiles
 from flax_unet.formats import BINARY, MaskFormat
@@ -545,7 +545,7 @@ def write_atomically(file: Path, text: str) -> None:
     What is moved is on the disk already, so that a power loss does not leave an empty file.
     """
     part = file.with_name(file.name + ".part")
-    with part.open("w") as stream:
+    with part.open("w", encoding="utf-8") as stream:
         stream.write(text)
         sync(stream)
     part.replace(file)
@@ -570,9 +570,15 @@ class Trained(NamedTuple):
     mask_format: MaskFormat | None  # of the masks it was trained on; None if it is not recorded
     image_format: ImageFormat
     checkpoint: str  # best or latest
+    config: dict[str, Any]  # config.json
 
     def predictor(
-        self, *, flips: bool = False, window: int | tuple[int, int] | None = None, **tiled: Any
+        self,
+        *,
+        flips: bool = False,
+        window: int | tuple[int, int] | None = None,
+        backend: Literal["jax", "onnx"] = "jax",
+        **tiled: Any,
     ) -> tuple[Any, tuple[int, int] | None]:
         """The model as it predicts, and the size to which it wants images resized, if it does.
 
@@ -580,12 +586,19 @@ class Trained(NamedTuple):
             flips: whether to average over flips, see `predict.Mirrored`.
             window: of `predict.Tiled`, which takes images at their own size; by default the crops'
                 size if the model was trained on some, else images are resized as in training.
+            backend: what computes the network; onnx is ONNX Runtime, on the CPU.
             tiled: more arguments of `predict.Tiled`.
 
         Raises:
             ValueError: the window does not fit the model.
+            ModuleNotFoundError: ONNX Runtime is not installed.
         """
-        model = predict.Mirrored(self.model, self.settings.upright) if flips else self.model
+        model: Any = self.model
+        if backend == "onnx":
+            channels = self.image_format.channels
+            content = onnx_file.to_onnx(model, self.variables, channels=channels)
+            model = onnx_file.OnnxModel(content.SerializeToString())
+        model = predict.Mirrored(model, self.settings.upright) if flips else model
         window = window or self.settings.crop
         if window is None:
             return model, self.settings.size
@@ -640,4 +653,5 @@ def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> T
         masks or None,
         image_format,
         which,
+        content,
     )

@@ -126,6 +126,6 @@ def as_text(summary: dict[str, Any]) -> str:
             lines.append(
                 f"warning: {split}: {lost} of {of} objects vanish in resizing, and "
                 f"{summary[split]['emptied']} masks lose a class; about --image-size {size} would "
-                "keep them"
+                "keep them, or --crop, which resizes nothing"
             )
     return "\n".join(lines)

@@ -1,11 +1,20 @@
-"""`flax-unet PROGRAM [flags]`: train, evaluate, predict or export a U-Net, or run a study."""
+"""`flax-unet PROGRAM [flags]`: train, evaluate, predict, export or import a U-Net; run a study."""
 
 import importlib
 import sys
 
 from flax_unet_cli import interrupt
 
-PROGRAMS = ("train", "evaluate", "predict", "export", "ablate", "data_efficiency")
+PROGRAMS = (
+    "train",
+    "evaluate",
+    "predict",
+    "serve",
+    "export",
+    "import_keras",
+    "ablate",
+    "data_efficiency",
+)
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ from flax_unet.evaluate import RATIOS, Scores, cost, report, score
 from flax_unet.folders import MaskFiles
 from flax_unet.formats import MaskFormat
 from flax_unet.pictures import DataError
+from flax_unet.report import report_html
 from flax_unet_cli import program
 from flax_unet_cli.sources import MaskFlags, RangeFlags, declared, open_sources, protocol, split_of
 
@@ -263,7 +264,26 @@ def run(options: Options) -> None:
         written = ".png, -confusion.png and -reliability.png"
     draw.save_sheet(out / f"{stem}.png", sheet)
     draw.save_reliability(out / f"{stem}-reliability.png", reliability)
+    page = report_html(
+        title=f"{settings.recipe} on {content['dataset']}, {what}",
+        config=trained.config,
+        history=read_lines(options.workdir / "metrics.jsonl"),
+        evaluation=content,
+        pictures={
+            f"{name}: {words}": panels(batches, i)
+            for name, words, i in zip(("best", "median", "worst"), shown, chosen, strict=True)
+        },
+        reliability=reliability,
+    )
+    report_file = out / f"{stem.replace('evaluation', 'report', 1)}.html"
+    runs.write_atomically(report_file, page)
     print(f"written: {out / stem}.json, {written}")
+    print(f"the report: {report_file.as_uri()}")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; [] if there is none, as of an exported model."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def panels(batches: list[Scores], i: int) -> np.ndarray:

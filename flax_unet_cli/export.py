@@ -1,33 +1,73 @@
-"""Write a run's best model as a small folder: `flax-unet export --workdir runs/ --out models/NAME`.
+"""Write a run's best model for others: `flax-unet export --workdir runs/ --out models/NAME`.
 
-predict, evaluate and train --init take such a folder wherever they take a workdir.
+predict, evaluate and train --init take such a folder wherever they take a workdir. For programs
+without JAX there are --onnx FILE and --safetensors, for jax alone --stablehlo FILE; also of a model
+that was exported as a folder.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from flax_unet import pack, runs
+import tyro
+
+from flax_unet import images, onnx_file, pack, runs, safetensors_file, stablehlo_file
+from flax_unet.formats import BINARY
 from flax_unet_cli import program
 
 
 @dataclass(frozen=True)
 class Options:
-    """Write model.json and weights.npz: the network, its parameters and its origin."""
+    """Write the network, its parameters and its origin, in one form or in several."""
 
-    workdir: Path
-    """Workdir of the run."""
-    out: Path
-    """Folder to create."""
+    workdir: Annotated[Path, tyro.conf.arg(aliases=["--model"])]
+    """Workdir of the run, or folder of an exported model."""
+    out: Path | None = None
+    """Folder to create, with model.json and weights.npz."""
+    safetensors: bool = False
+    """Also write weights.safetensors into --out, float32, for PyTorch and others; pip install
+    'flax-unet[safetensors]'."""
     checkpoint: Literal["best", "latest"] = "best"
     """best by validation Dice."""
+    onnx: Path | None = None
+    """ONNX file to create: one graph for any batch, height and width; pip install
+    'flax-unet[onnx]'. Its metadata say what the classes and the values of images are."""
+    onnx_output: Literal["logits", "probabilities"] = "probabilities"
+    """What the ONNX file computes."""
+    onnx_input: Literal["uint8", "float"] | None = None
+    """Values that the ONNX file takes: uint8 from 0 to 255, or float32 in [0, 1]. By default uint8
+    if the model was trained on pictures of 8 bits whose black is 0 and white 255."""
+    stablehlo: Path | None = None
+    """StableHLO file to create, which jax alone loads, on a CPU, GPU or TPU; pip install
+    'flax-unet[stablehlo]'. It takes and computes what an ONNX file does by default."""
 
 
 def run(options: Options) -> None:
-    if (options.out / "config.json").exists():
-        raise ValueError(f"{options.out} is the workdir of a run: choose another folder")
-    runs.check_writable(options.out)
+    files = [file for file in (options.onnx, options.stablehlo) if file is not None]
+    if options.out is None and not files:
+        raise ValueError("say what to write: --out FOLDER, --onnx FILE or --stablehlo FILE")
+    if options.out is None and options.safetensors:
+        raise ValueError("--safetensors needs --out FOLDER")
+    if options.out is not None:
+        if (options.out / "config.json").exists():
+            raise ValueError(f"{options.out} is the workdir of a run: choose another folder")
+        runs.check_writable(options.out)
+    for file in files:
+        if file.exists():
+            raise FileExistsError(f"{file} exists: choose another file")
+        runs.check_writable(file.parent)
     trained = runs.load_model(options.workdir, options.checkpoint)
+    # Made before anything is written, so that an error leaves nothing behind.
+    makers = {options.onnx: onnx_bytes, options.stablehlo: stablehlo_bytes}
+    contents = {file: makers[file](options, trained) for file in files}
+    if options.out is not None:
+        write_folder(options, options.out, trained)
+    for file, content in contents.items():
+        write_file(file, content)
+
+
+def write_folder(options: Options, folder: Path, trained: runs.Trained) -> None:
     about = runs.read_config(options.workdir)
     del about["model"]
     # Do not publish this machine's paths.
@@ -36,9 +76,57 @@ def run(options: Options) -> None:
     about["settings"]["init"] = None
     about |= {"step": trained.step, "checkpoint": trained.checkpoint}
     size = trained.settings.image_size
-    pack.save(options.out, pack.Packed(trained.model, trained.variables, size, about))
-    megabytes = (options.out / "weights.npz").stat().st_size / 1e6
-    print(f"written: {options.out}, {megabytes:.1f} MB")
+    packed = pack.Packed(trained.model, trained.variables, size, about)
+    pack.save(folder, packed)
+    print_size(folder, folder / "weights.npz")
+    if options.safetensors:
+        safetensors_file.save(folder, packed)
+        print_size(folder, folder / "weights.safetensors")
+
+
+def onnx_bytes(options: Options, trained: runs.Trained) -> bytes:
+    image_format, mask_format = trained.image_format, trained.mask_format or BINARY
+    raw = image_format.raw
+    if options.onnx_input is not None:
+        if options.onnx_input == "uint8" and not raw:
+            raise ValueError(f"--onnx-input uint8: the model takes images of {image_format}")
+        raw = options.onnx_input == "uint8"
+    about = {"class_names": mask_format.learned, "image_size": trained.settings.size}
+    about |= images.to_json(image_format)
+    made = onnx_file.to_onnx(
+        trained.model,
+        trained.variables,
+        channels=image_format.channels,
+        probabilities=options.onnx_output == "probabilities",
+        raw=raw,
+        metadata={name: json.dumps(value) for name, value in about.items()},
+    )
+    return made.SerializeToString()
+
+
+def stablehlo_bytes(options: Options, trained: runs.Trained) -> bytes:
+    image_format = trained.image_format
+    return stablehlo_file.to_stablehlo(
+        trained.model,
+        trained.variables,
+        channels=image_format.channels,
+        raw=image_format.raw,
+    )
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Create a file in one move, so that a killed program leaves none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    with part.open("wb") as stream:
+        stream.write(content)
+        runs.sync(stream)  # type: ignore[arg-type]
+    part.replace(file)
+    print_size(file, file)
+
+
+def print_size(written: Path, file: Path) -> None:
+    print(f"written: {written}, {file.stat().st_size / 1e6:.1f} MB")
 
 
 def main(args: list[str] | None = None) -> int:

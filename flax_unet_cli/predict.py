@@ -1,31 +1,38 @@
-"""Segment pictures: `flax-unet predict --workdir runs/ --out OUT INPUT...`.
+"""Segment pictures and videos: `flax-unet predict --workdir runs/ --out OUT INPUT...`.
 
-Writes NAME-mask.png and NAME-overlay.png for each picture, at its own size. A mask has 0 and 255,
-or the indices of the classes with a palette; of overlapping classes there is one mask for each,
-NAME-mask-CLASS.png.
+Writes for each picture NAME-mask.png and NAME-overlay.png at its own size, and a row of
+predictions.csv. A mask has 0 and 255, or the indices of the classes with a palette; of overlapping
+classes there is one mask for each, NAME-mask-CLASS.png. The results of a folder are in the same
+subfolders as its pictures.
+
+Videos (MP4, MOV, M4V, MKV, WebM, AVI; pip install 'flax-unet[video]') become NAME-overlay.mp4
+without sound, and NAME.csv with a row per frame; masks and probabilities of frames are not written.
 """
 
 import errno
-import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-import PIL
 import tyro
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tqdm import tqdm
 
-from flax_unet import data, draw, images, pictures, predict, runs
+from flax_unet import draw, images, pictures, predict, runs, video
 from flax_unet.classes import decide
 from flax_unet.formats import BINARY
 from flax_unet.images import ImageFormat
 from flax_unet.pictures import DataError
-from flax_unet_cli import program
+from flax_unet_cli import program, results
+from flax_unet_cli.results import Table, Task
 from flax_unet_cli.sources import RangeFlags
+
+Kind = Literal["mask", "overlay", "outline", "probabilities", "probabilities-npy"]
 
 
 @dataclass(frozen=True)
@@ -35,89 +42,104 @@ class Options:
     workdir: Annotated[Path, tyro.conf.arg(aliases=["--model"])]
     """Workdir of the run whose model is used, or folder of an exported model."""
     inputs: tyro.conf.Positional[tuple[Path, ...]]
-    """Pictures, and folders of pictures."""
+    """Pictures, videos, and folders of them, which are searched with their subfolders."""
     out: Path = Path("predictions")
     """Folder for the results."""
+    save: tuple[Kind, ...] = ("mask", "overlay")
+    """What is written for each picture: mask and overlay, the prediction blended into the picture;
+    outline, the borders of what is predicted drawn into the picture; probabilities, 0 to 1 as 0 to
+    65535 in a grey PNG (NAME-probability.png, of several classes NAME-probability-CLASS.png);
+    probabilities-npy, float32 [H, W, classes] in NAME-probability.npy. Of a video overlay and
+    outline are written. Give it after the pictures."""
+    objects: bool = False
+    """Also write objects.csv, with a row for each connected object (pixels that touch at a side or
+    a corner): its area, its box, its centroid in pixels and its mean probability."""
+    overwrite: bool = False
+    """Write over results that exist. By default nothing is done if there are any. Pictures and
+    videos that are read are never written over."""
     checkpoint: Literal["best", "latest"] = "best"
     """best by validation Dice."""
     threshold: float = 0.5
-    """Probability above which a pixel is in the mask (of one class)."""
+    """Probability above which a pixel is in the mask (of one class, or of overlapping classes)."""
     ranges: RangeFlags = RangeFlags()
     flips: bool = False
     """Average the prediction over the 4 flips of each image, at 4 times the work; over the 2 flips
     left to right for a model trained with --upright."""
+    window: int | tuple[int, int] | None = None
+    """Predict the pictures at their own size, in overlapping windows of this height and width, in
+    place of resizing them; by default if the model was trained on crops, of their size."""
+    backend: Literal["jax", "onnx"] = "jax"
+    """What computes the network: jax, on the device that it finds; or onnx, ONNX Runtime on the
+    CPU, which needs less time there (pip install 'flax-unet[onnx]')."""
     max_memory: float = 1.5
-    """GB that the program may take. Pictures that need more are skipped."""
+    """GB that the program may take. Pictures and videos that need more are skipped."""
 
 
-#: Written into each result, which a later run may overwrite; nothing else is.
-MARK = "Software", "flax-unet predict"
 #: Bytes of the program itself.
 PROGRAM = 0.55e9
+#: Bytes per pixel that ffmpeg takes for decoding a video, and for encoding each result, measured.
+DECODER, ENCODER = 60, 120
 #: Rows of a picture that are drawn at a time.
 ROWS = 256
+#: Errors after which no other result could be written either.
+FULL = errno.ENOSPC, errno.EDQUOT
+#: The first columns of predictions.csv.
+PICTURE = ("file", "status", "error", "height", "width")
+#: Columns of objects.csv.
+BOX = ("x", "y", "width", "height")
+OBJECT = ("file", "frame", "class", "area", *BOX, "centroid_x", "centroid_y", "mean_probability")
 
 
-def plan(
-    inputs: tuple[Path, ...], out: Path, masks: Sequence[str] = ("mask",)
-) -> dict[Path, list[Path]]:
-    """{picture: files of its masks and of its overlay} for the files and folders given.
+@dataclass
+class Context:
+    """What is the same for all pictures, and what is summed over them."""
 
-    Args:
-        inputs: files and folders.
-        out: folder of the results.
-        masks: what the names of the masks end with.
+    options: Options
+    trained: runs.Trained
+    model: Any
+    size: tuple[int, int] | None
+    """To which images are resized; None if the model takes them at their own size."""
+    image_format: ImageFormat
+    legend: tuple[str, ...]
+    """Names of the classes by their colour; the first has none."""
+    objects: Table | None = None
+    images: int = 0
+    """Pictures and frames that were segmented."""
+    pixels: int = 0
+    network: float = 0
+    """Seconds."""
 
-    Raises:
-        DataError: there are none, or a result would overwrite a picture, another result, or a file
-            that an earlier run did not write.
-    """
-    files = [f for path in inputs for f in (data.list_pictures(path) if path.is_dir() else [path])]
-    if not files:
-        raise DataError("no pictures: give files, or folders with pictures")
-    results = {f: [out / f"{f.stem}-{end}.png" for end in (*masks, "overlay")] for f in files}
-    taken, owners = {file.resolve(): file for file in results}, {}
-    for file, planned in results.items():
-        for result in planned:
-            place = result.resolve()
-            other = taken.get(place, owners.setdefault(place, file))
-            if place in taken or other != file:
-                raise DataError(
-                    f"{result}, a result of {file}, would overwrite {other} or a result of it: "
-                    "rename one, or use another --out"
-                )
-            if not _is_ours(result):
-                raise DataError(
-                    f"{result} exists, and is no result of this program: move it, or use another "
-                    "--out"
-                )
-    return results
+    @property
+    def overlapping(self) -> bool:
+        return self.trained.model.overlapping
 
+    @property
+    def several(self) -> bool:
+        """Whether there are several channels."""
+        return self.model.num_classes > 1
 
-def _is_ours(result: Path) -> bool:
-    """Whether there is no such file, or one that this program wrote."""
-    try:
-        with Image.open(result, formats=["PNG"]) as picture:
-            return picture.info.get(MARK[0]) == MARK[1]
-    except FileNotFoundError:
-        return True
-    except (PIL.UnidentifiedImageError, ValueError):
-        return False
-    except OSError as error:
-        return error.errno == errno.ENAMETOOLONG  # which is said when it is written
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the channels."""
+        return self.legend if self.several and not self.overlapping else self.legend[1:]
+
+    @property
+    def columns(self) -> list[str]:
+        """Of a prediction in a table."""
+        return results.columns(self.names, self.overlapping)
+
+    @property
+    def drawn(self) -> list[str]:
+        """What is drawn into the images."""
+        return [kind for kind in ("overlay", "outline") if kind in self.options.save]
 
 
-def _save(picture: Image.Image, file: Path) -> None:
-    """Write a result in one move: none is ever half written."""
-    mark = PngImagePlugin.PngInfo()
-    mark.add_text(*MARK)
-    part = file.with_name(f".predict-{os.getpid()}.part")
-    try:
-        picture.save(part, "PNG", pnginfo=mark)
-        part.replace(file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+class Segmented(NamedTuple):
+    """The prediction of an image."""
+
+    proba: np.ndarray  # float32 [H, W, K]
+    mask: np.ndarray  # from `classes.decide`
+    drawn: dict[str, np.ndarray]  # by kind: uint8 [H, W, 3], with a legend of several classes
 
 
 def memory_of(size: tuple[int, int], image_format: ImageFormat, classes: int) -> float:
@@ -127,54 +149,196 @@ def memory_of(size: tuple[int, int], image_format: ImageFormat, classes: int) ->
 
 
 def run(options: Options) -> int:
-    """Segment every picture; return 1 if some could not be read."""
+    """Segment every picture and video; return 1 if some could not be read or written."""
     if not 0 <= options.threshold < 1:
         raise ValueError(f"threshold is {options.threshold}: it must be in [0, 1)")
     runs.check_writable(options.out)
-    results = plan(options.inputs, options.out)
-    trained = runs.load_model(options.workdir, options.checkpoint)
-    upright = trained.settings.upright
-    model = predict.Mirrored(trained.model, upright) if options.flips else trained.model
-    overlapping, mask_format = trained.model.overlapping, trained.mask_format or BINARY
-    if overlapping:
-        masks = [f"mask-{name}" for name in mask_format.learned]
-        results = plan(options.inputs, options.out, masks)
-    image_format = options.ranges.apply(trained.image_format)
+    context = _load(options)
+    tables: dict[str, Sequence[str]] = {"predictions.csv": [*PICTURE, *context.columns, "seconds"]}
+    if options.objects:
+        tables["objects.csv"] = OBJECT
+    plan = results.plan(
+        options.inputs,
+        options.out,
+        ends=_ends(context),
+        video_ends=(".csv", *(f"-{kind}.mp4" for kind in context.drawn)),
+        tables=tuple(tables),
+        overwrite=options.overwrite,
+    )
+    videos = any(task.is_video for task in plan.tasks)
+    if videos:
+        video.ffmpeg()  # whether it is installed
     options.out.mkdir(parents=True, exist_ok=True)
-    failures = 0
-    for file, (*mask_files, overlay_file) in tqdm(results.items(), unit=" pictures", leave=False):
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        table, *others = (
+            stack.enter_context(Table(options.out / name, columns, options.overwrite))
+            for name, columns in tables.items()
+        )
+        context.objects = others[0] if others else None
+        failed = _segment_all(plan, context, table)
+    if context.images:
+        print(_speed(context, time.perf_counter() - start))
+    done, left_out = len(plan.tasks) + len(plan.unreadable) - len(failed), failed + plan.left_out
+    kind = "pictures and videos" if videos else "pictures"
+    words = f"; left out: {results.listed(left_out)}" if left_out else ""
+    out = results.printable(options.out)
+    print(f"{done} of {len(plan.tasks)} {kind} segmented into {out}{words}")
+    return min(len(failed), 1)
+
+
+def _load(options: Options) -> Context:
+    trained = runs.load_model(options.workdir, options.checkpoint)
+    model, size = trained.predictor(
+        flips=options.flips, window=options.window, backend=options.backend, progress=True
+    )
+    return Context(
+        options,
+        trained,
+        model,
+        size,
+        options.ranges.apply(trained.image_format),
+        (trained.mask_format or BINARY).names,
+    )
+
+
+def _segment_all(plan: results.Plan, context: Context, table: Table) -> list[str]:
+    """Segment all pictures and videos; return the names of those that failed."""
+    failed = []
+
+    def skip(name: str, error: Exception) -> str:
+        failed.append(name)
+        message = results.printable(error)
+        tqdm.write(f"skipped: {message}", file=sys.stderr)
+        return message
+
+    for error in plan.unreadable:
+        skip(error.filename, error)
+    for task in tqdm(plan.tasks, unit=" pictures", leave=False):
+        start, row = time.perf_counter(), []
         try:
-            content = pictures.open_content(file, str(file), decode=False)
-            needed = memory_of(pictures.size_of(content), image_format, model.num_classes) / 1e9
-            if needed > options.max_memory:
-                raise DataError(
-                    f"{file}: {' x '.join(map(str, pictures.size_of(content)))} pixels take "
-                    f"{needed:.1f} GB: allow it with --max-memory {needed + 0.05:.1f}"
-                )
-            content = pictures.open_content(file, str(file))
-            image = images.read(content, image_format, str(file))
-            del content
-            proba = predict.predict_resized(model, trained.variables, image, trained.settings.size)
-            mask, overlay = decide_and_draw(image, proba, options.threshold, overlapping)
-            del image, proba
-            for i, mask_file in enumerate(mask_files):
-                if overlapping or model.num_classes == 1:
-                    result = Image.fromarray(mask[..., i] * np.uint8(255))
-                else:
-                    result = Image.fromarray(mask[..., 0], "P")
-                    result.putpalette(draw.palette(256).tobytes())
-                _save(result, mask_file)
-            if model.num_classes > 1:
-                legend = draw.legend(mask_format.names, overlay.shape[1])
-                overlay = np.concatenate([overlay, legend])
-            _save(Image.fromarray(overlay), overlay_file)
-        except (DataError, OSError) as error:
-            if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            (context.options.out / task.name).parent.mkdir(parents=True, exist_ok=True)
+            row = ["segmented", None, *(_video if task.is_video else _picture)(task, context)]
+        except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in FULL:
                 raise
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
-            failures += 1
-    print(f"{len(results) - failures} of {len(results)} pictures segmented into {options.out}")
-    return min(failures, 1)
+            row = ["failed", skip(task.name, error)]
+        row += [None] * (len(table.columns) - len(row) - 2)
+        table.add([task.name, *row, time.perf_counter() - start])
+    return failed
+
+
+def _speed(context: Context, seconds: float) -> str:
+    n, network = context.images, context.network
+    return (
+        f"{n} image{'s' * (n > 1)} in {seconds:.1f} s: {n / seconds:.2f} images/s, "
+        f"{context.pixels / seconds / 1e6:.2f} megapixels/s; {network:.1f} s in the network and "
+        f"its compilation, {seconds - network:.1f} s elsewhere"
+    )
+
+
+# Pictures
+
+
+def _picture(task: Task, context: Context) -> list[Any]:
+    """Segment a picture; return its height and width, and the cells of its prediction."""
+    name = str(task.file)
+    content = pictures.open_content(task.file, name, decode=False)
+    needed = memory_of(pictures.size_of(content), context.image_format, context.model.num_classes)
+    _check_memory(name, pictures.size_of(content), needed, context)
+    content = pictures.open_content(task.file, name)
+    image = images.read(content, context.image_format, name)
+    del content
+    segmented = _segment(image, context)
+    del image
+    contents = _contents(segmented, context)
+    for file, content in zip(task.results, contents, strict=True):
+        results.save(file, content, context.options.overwrite)
+    return [*segmented.mask.shape[:2], *_measured(segmented, context, task.name)]
+
+
+def _check_memory(name: str, size: tuple[int, int], needed: float, context: Context) -> None:
+    if needed / 1e9 > context.options.max_memory:
+        raise DataError(
+            f"{name}: {size[0]} x {size[1]} pixels take {needed / 1e9:.1f} GB: allow it with "
+            f"--max-memory {needed / 1e9 + 0.05:.1f}"
+        )
+
+
+def _segment(image: np.ndarray, context: Context) -> Segmented:
+    start = time.perf_counter()
+    variables = context.trained.variables
+    proba = predict.predict_resized(context.model, variables, image, context.size)
+    context.network += time.perf_counter() - start
+    context.images += 1
+    context.pixels += proba.shape[0] * proba.shape[1]
+    threshold, drawn = context.options.threshold, {}
+    mask, overlay = decide_and_draw(image, proba, threshold, context.overlapping)
+    if "overlay" in context.drawn:
+        drawn["overlay"] = overlay
+    del overlay
+    if "outline" in context.drawn:
+        drawn["outline"] = draw_outlines(image, mask, several=context.several)
+    if context.several:
+        legend = draw.legend(context.legend, image.shape[1])
+        for kind in drawn:
+            drawn[kind] = np.concatenate([drawn[kind], legend])
+    return Segmented(proba, mask, drawn)
+
+
+def _ends(context: Context) -> list[str]:
+    """What the names of a picture's results end with, in the order of `_contents`."""
+    each = [""]
+    if context.several:
+        each = [f"-{results.in_a_name(name)}" for name in context.names]
+    ends = {
+        "mask": [f"-mask{name}.png" for name in (each if context.overlapping else [""])],
+        "overlay": ["-overlay.png"],
+        "outline": ["-outline.png"],
+        "probabilities": [f"-probability{name}.png" for name in each],
+        "probabilities-npy": ["-probability.npy"],
+    }
+    return [end for kind in dict.fromkeys(context.options.save) for end in ends[kind]]
+
+
+def _contents(segmented: Segmented, context: Context) -> Iterator[Image.Image | np.ndarray]:
+    """The results of a picture, each one made when it is asked for."""
+    proba, mask, drawn = segmented
+    for kind in dict.fromkeys(context.options.save):
+        if kind == "mask" and context.several and not context.overlapping:
+            result = Image.fromarray(mask[..., 0], "P")
+            result.putpalette(draw.palette(256).tobytes())
+            yield result
+        elif kind == "mask":
+            for i in range(mask.shape[-1]):
+                yield Image.fromarray(mask[..., i] * np.uint8(255))
+        elif kind == "probabilities":
+            for i in range(proba.shape[-1]):
+                yield Image.fromarray(as_16_bits(proba[..., i]))
+        else:
+            yield proba if kind == "probabilities-npy" else Image.fromarray(drawn.pop(kind))
+
+
+def _measured(
+    segmented: Segmented, context: Context, name: str, frame: int | None = None
+) -> list[Any]:
+    """The cells of a prediction; its objects are written to their table."""
+    cells, rows = results.measure(
+        segmented.mask, segmented.proba, context.names, context.overlapping
+    )
+    if context.objects is not None:
+        context.objects.add(*([name, frame, *row] for row in rows))
+    return cells
+
+
+def as_16_bits(proba: np.ndarray) -> np.ndarray:
+    """Probabilities [H, W] from 0 to 1 as uint16, from 0 to 65535, rounded."""
+    result = np.empty(proba.shape, np.uint16)
+    for top in range(0, len(proba), ROWS):
+        # float32 has too few digits for the product; resizing may give a little more than 1
+        exact = proba[top : top + ROWS].astype(np.float64).clip(0, 1) * 65535
+        result[top : top + ROWS] = np.rint(exact)
+    return result
 
 
 def decide_and_draw(
@@ -191,6 +355,60 @@ def decide_and_draw(
             overlays.append(draw.class_overlay(strip, draw.flat(mask), draw.palette(256)))
         masks.append(mask)
     return np.concatenate(masks), np.concatenate(overlays)
+
+
+def draw_outlines(image: np.ndarray, mask: np.ndarray, *, several: bool) -> np.ndarray:
+    """The borders of what is predicted in the image, uint8 [H, W, 3], strip by strip.
+
+    Args:
+        image: [H, W, C].
+        mask: from `classes.decide`.
+        several: whether there are colours for several classes; or one, that of the overlay.
+    """
+    colours = draw.palette(256) if several else np.array([(0, 0, 0), draw.PREDICTED], np.uint8)
+    result = np.empty((*image.shape[:2], 3), np.uint8)
+    for top in range(0, len(image), ROWS):
+        first, end = max(top - 2, 0), top + ROWS + 2  # as far as a border reaches
+        strip = draw.outlines(image[first:end], mask[first:end], colours)
+        result[top : top + ROWS] = strip[top - first :][:ROWS]
+    return result
+
+
+# Videos
+
+
+def _video(task: Task, context: Context) -> list[Any]:
+    """Segment a video; return its height and width."""
+    name, overwrite = str(task.file), context.options.overwrite
+    clip = video.open_video(task.file)
+    height, width = clip.size
+    needed = memory_of((width, height), context.image_format, context.model.num_classes)
+    needed += width * height * (DECODER + ENCODER * len(context.drawn))
+    _check_memory(name, (width, height), needed, context)
+    shown = height
+    if context.several:
+        shown += len(draw.legend(context.legend, width))
+    own, *drawn_files = task.results
+    columns = ["frame", "time", "height", "width", *context.columns, "seconds"]
+    with ExitStack() as stack:
+        writers = {
+            kind: stack.enter_context(video.writer(file, (shown, width), clip.fps, overwrite))
+            for kind, file in zip(context.drawn, drawn_files, strict=True)
+        }
+        table = stack.enter_context(Table(own, columns, overwrite))
+        frames = stack.enter_context(closing(video.frames(clip)))
+        frames = tqdm(frames, total=clip.frames, unit=" frames", leave=False)
+        stack.callback(frames.close)
+        start = time.perf_counter()
+        for i, frame in enumerate(frames):
+            picture = Image.fromarray(frame)
+            segmented = _segment(images.read(picture, context.image_format, name), context)
+            for kind, write in writers.items():
+                write(segmented.drawn[kind])
+            cells = _measured(segmented, context, task.name, i)
+            start, seconds = time.perf_counter(), time.perf_counter() - start
+            table.add([i, float(i / clip.fps), height, width, *cells, seconds])
+    return [height, width]
 
 
 def main(args: list[str] | None = None) -> int:

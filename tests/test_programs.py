@@ -775,9 +775,9 @@ def test_prediction_takes_pictures_of_any_mode_and_size(undisturbed, tmp_path, c
     assert re.search("skipped: .*sixteen.png.*--value-range LOW HIGH", captured.err)
     (inputs / "broken.png").unlink()
     wide = [*command[:-1], str(inputs / "sixteen.png"), "--value-range", "0", "65535"]
-    assert predict.main(wide) == 0
+    assert predict.main([*wide, "--overwrite"]) == 0
     (inputs / "sixteen.png").unlink()
-    assert predict.main(command) == 0
+    assert predict.main([*command, "--overwrite"]) == 0
     for name in ("L", "RGBA", "P", "CMYK", "sixteen", "rotated"):
         size = (45, 70) if name == "rotated" else (70, 45)
         mask = Image.open(out / f"{name}-mask.png")
@@ -805,7 +805,7 @@ def test_prediction_overwrites_no_picture(undisturbed, tmp_path, capsys):
     assert (tmp_path / "a-mask.png").read_bytes() == before
 
 
-def test_prediction_overwrites_only_its_own_results(undisturbed, tmp_path, capsys):
+def test_prediction_overwrites_no_result_without_a_flag(undisturbed, tmp_path, capsys):
     workdir, *_ = undisturbed
     picture, out = tmp_path / "in" / "a.png", tmp_path / "out"
     for folder in (picture.parent, out):
@@ -815,16 +815,19 @@ def test_prediction_overwrites_only_its_own_results(undisturbed, tmp_path, capsy
     for content in (b"a mask drawn by hand", picture.read_bytes()):
         (out / "a-mask.png").write_bytes(content)
         assert predict.main(command) == 1
-        assert "a-mask.png exists, and is no result of this" in capsys.readouterr().err
+        words = f"these results exist already: {out}/a-mask.png: write over them with --overwrite"
+        assert words in capsys.readouterr().err
         assert (out / "a-mask.png").read_bytes() == content
     (out / "a-mask.png").unlink()
     (out / "a-mask.png").symlink_to(picture)
-    assert predict.main(command) == 1
+    assert predict.main([*command, "--overwrite"]) == 1
     assert "would overwrite" in capsys.readouterr().err
     (out / "a-mask.png").unlink()
-    for _ in range(2):
-        assert predict.main(command) == 0
-    assert sorted(file.name for file in out.iterdir()) == ["a-mask.png", "a-overlay.png"]
+    assert predict.main(command) == 0
+    assert predict.main(command) == 1
+    assert predict.main([*command, "--overwrite"]) == 0
+    expected = ["a-mask.png", "a-overlay.png", "predictions.csv"]
+    assert sorted(file.name for file in out.iterdir()) == expected
 
 
 def test_pictures_whose_results_cannot_be_written_or_do_not_fit_are_skipped(
@@ -1456,13 +1459,15 @@ def test_arrays_of_five_channels_from_training_to_prediction(stacks, tmp_path, c
     # Another number of channels, another kind of values: refused by name; a range may be declared.
     grey = np.zeros((40, 60), np.uint8)
     Image.fromarray(grey).save(tmp_path / "grey.png")
-    assert predict.main(["--model", str(tmp_path / "model"), str(tmp_path / "grey.png")]) == 1
+    command = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "grey")]
+    assert predict.main([*command, str(tmp_path / "grey.png")]) == 1
     assert "it has 1 channels, and the images should have 5" in capsys.readouterr().err
     np.save(tmp_path / "bytes.npy", np.zeros((40, 60, 5), np.uint8))
-    command = ["--model", str(tmp_path / "model"), "--out", str(out), str(tmp_path / "bytes.npy")]
+    command = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "bytes")]
+    command.append(str(tmp_path / "bytes.npy"))
     assert predict.main(command) == 1
     assert "its values are 8 bits (0 to 0)" in capsys.readouterr().err
-    assert predict.main([*command, "--value-range", "0", "255"]) == 0
+    assert predict.main([*command, "--overwrite", "--value-range", "0", "255"]) == 0
 
 
 def test_grey_of_16_bits_trains_the_same_network_whatever_its_scale(tmp_path):
