@@ -42,7 +42,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-# Benchmarks against Keras and PyTorch, in an environment that has both.
+# Benchmarks against Keras, PyTorch, ONNX Runtime and OpenVINO, in an environment that has them.
 bench: .venv-bench/installed
 	mkdir -p runs
 	.venv-bench/bin/python benchmarks/cpu.py --out runs/bench-cpu.json

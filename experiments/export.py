@@ -1,4 +1,4 @@
-"""Write a run's model as a small folder: `python experiments/export.py`, or `flax-unet export`."""
+"""Write a run's model for others: `python experiments/export.py`, or `flax-unet export`."""
 
 import sys
 

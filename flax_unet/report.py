@@ -151,12 +151,13 @@ def _figure(caption: str, image: np.ndarray) -> str:
 def _subtitle(evaluation: Mapping[str, Any] | None, history: Sequence[Mapping[str, Any]]) -> str:
     if evaluation is None:
         return f"{len(history)} epochs; not evaluated yet"
-    side = evaluation["image_size"]
+    side = evaluation["image_size"] or evaluation["window"]
     height, width = (side, side) if isinstance(side, int) else side
+    place = "at" if evaluation["image_size"] else "at their own size, in windows of"
     flips = ", averaged over flips" * bool(evaluation["flips"])
     return escaped(
-        f"{evaluation['protocol']}, {evaluation['what']}: {evaluation['n_images']} images at "
-        f"{width} x {height} pixels; {evaluation['checkpoint']} checkpoint, step "
+        f"{evaluation['protocol']}, {evaluation['what']}: {evaluation['n_images']} images "
+        f"{place} {width} x {height} pixels; {evaluation['checkpoint']} checkpoint, step "
         f"{evaluation['step']}{flips}"
     )
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 FILES = """
     flax_unet/py.typed
     flax_unet_cli/__main__.py
+    flax_unet_cli/serve.html
     tfds_kvasir/kvasir_seg/README.md
     tfds_kvasir/kvasir_seg/TAGS.txt
     tfds_kvasir/kvasir_seg/CITATIONS.bib
