@@ -215,7 +215,7 @@ def predict_proba(model: Any, variables: Any, image: Any) -> Any:
     """Probabilities of an image of any size, at that size.
 
     The image is edge-padded at the bottom and right to a multiple of the model's stride, and the
-    result is cropped. It compiles once per shape; with `Tiled` once for all.
+    result is cropped. It compiles once per shape; `Tiled`, which works in windows, once for all.
 
     >>> from flax_unet import UNet
     >>> model = UNet(features=(8, 16))

@@ -95,7 +95,8 @@ def test_commands(code, user):
             (folder / "kvasir-seg.zip").symlink_to(Path(os.environ["KVASIR_SEG_ZIP"]).resolve())
     run(["bash", "-e", "-c", code], user)
     if "predict.py" in code:
-        assert (folder / "masks" / "0-mask.png").exists()
+        (out,) = re.findall(r"--out (\S+)", code)
+        assert (folder / out / "0-mask.png").exists()
     if "evaluate.py" in code:
         assert list(folder.glob("runs/**/evaluation-*.json"))
 
