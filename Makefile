@@ -27,7 +27,7 @@ test-all: .venv/installed-dev
 # The tests that compare with MONAI, torchmetrics and the reference EfficientNet, in an environment
 # that has them.
 test-peers: .venv-peers/installed
-	.venv-peers/bin/pytest tests/test_boundary.py tests/test_metrics.py tests/test_efficientnet.py
+	.venv-peers/bin/pytest tests/test_boundary.py tests/test_metrics.py tests/test_efficientnet.py tests/test_tiles.py
 
 # Both ends of the supported version range, in separate environments; see the script.
 test-versions:

@@ -68,7 +68,8 @@ class Tiled:
     borders of its windows than the network sees has the logits of a prediction in one piece. That
     does not hold for a network with instance or group norm: its statistics are those of each window
     instead of the image, as they were in a training on crops of the window's size, and the logits
-    differ everywhere. Batch norm has fixed statistics.
+    differ everywhere: small windows of such a network can cost accuracy (docs/results.md, ISBI
+    2012, has an example). Batch norm has fixed statistics.
 
     Attributes:
         model: the network, or `Mirrored`, which flips each window.

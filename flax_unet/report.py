@@ -165,7 +165,8 @@ def _subtitle(evaluation: Mapping[str, Any] | None, history: Sequence[Mapping[st
 def _headline(evaluation: Mapping[str, Any] | None, history: Sequence[Mapping[str, Any]]) -> str:
     if evaluation is None and not history:
         return ""
-    note = "Means over images at the network's size, with intervals of 95 %; the best possible is 1"
+    place = "their own sizes" if evaluation and evaluation.get("window") else "the network's size"
+    note = f"Means over images at {place}, with intervals of 95 %; the best possible is 1"
     if evaluation is None:
         best = max(history, key=lambda record: record["val_dice_per_image"])
         values = {
