@@ -52,6 +52,7 @@ class Arrays(NamedTuple):
         mask_format: what the values of the mask files meant.
         facts: what each mask held at its own size, for a summary; N, or none.
         image_format: channels and range of the pictures.
+        tiles: whether the images are tiles of pictures, in whose masks some pixels do not count.
     """
 
     image: np.ndarray | jax.Array
@@ -61,6 +62,7 @@ class Arrays(NamedTuple):
     mask_format: MaskFormat = formats.BINARY
     facts: Sequence[Facts] = ()
     image_format: ImageFormat = images.RGB
+    tiles: bool = False
 
 
 def decode_pair(
@@ -222,12 +224,13 @@ def decode_resized(
     return image, resize_mask(mask, size), example["name"], mask
 
 
-def check(image: Any, mask: Any) -> None:
+def check(image: Any, mask: Any, *, tiles: bool = False) -> None:
     """Raise ValueError if images or masks in memory have other values than they should have.
 
     Args:
         image: uint8, or float in [0, 1].
         mask: see `classes.check_mask`; not one of 0 and 255, which is a common form of 0 and 1.
+        tiles: whether such masks are possible: those of tiles without an object.
     """
     if image.dtype != np.uint8 and not ((image >= 0) & (image <= 1)).all():
         raise ValueError(
@@ -235,7 +238,7 @@ def check(image: Any, mask: Any) -> None:
             "uint8, or float in [0, 1]"
         )
     classes.check_mask(mask)
-    if mask.dtype != bool and mask.max() == (ignore := classes.IGNORE):
+    if not tiles and mask.dtype != bool and mask.max() == (ignore := classes.IGNORE):
         if classes.largest_counted(mask) == 0:
             raise ValueError(
                 f"the mask has no values but 0 and {ignore}, and {ignore} means that a pixel does "
@@ -270,7 +273,7 @@ def batches(
     Raises:
         ValueError: the images or masks have values that no network can be trained on.
     """
-    check(arrays.image, arrays.mask)
+    check(arrays.image, arrays.mask, tiles=arrays.tiles)
     order = np.arange(len(arrays.image)) if order is None else order
     for start in range(0, len(order), batch_size):
         index, weight = pad(order[start : start + batch_size], batch_size)

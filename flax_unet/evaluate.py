@@ -26,7 +26,7 @@ from flax_unet.formats import MaskFormat
 from flax_unet.images import ImageFormat
 from flax_unet.losses import bce
 from flax_unet.model import accepted
-from flax_unet.predict import is_on_host, predict_proba
+from flax_unet.predict import is_on_host, is_tiled, predict_proba
 from flax_unet.train import Loss, make_eval_step, make_forward, make_losses
 
 RATIOS = (metrics.dice, metrics.iou, metrics.precision, metrics.recall)
@@ -140,11 +140,17 @@ def score(
 
     Raises:
         DataError: the source is empty, or an entry is unusable.
-        ValueError: the threshold is not in [0, 1), or the classes have none.
+        ValueError: the threshold is not in [0, 1), or the classes have none; or size and model do
+            not fit together.
     """
     if not len(source):
         raise pictures.DataError("the data set is empty")
     overlapping = classes.is_overlapping(model)
+    if size is None and not is_tiled(model):
+        raise ValueError("only predict.Tiled predicts pictures at their own size: give size")
+    if size is not None and is_on_host(model):
+        name = type(model).__name__
+        raise ValueError(f"{name} predicts pictures at their own size, on the host: give size None")
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold is {threshold}: it must be in [0, 1)")
     mask_format = mask_format or formats.find(source)
@@ -285,6 +291,8 @@ def _at_own_size(
 def best_threshold(thresholds: np.ndarray) -> tuple[float, np.ndarray]:
     """The threshold with the highest mean Dice per picture, of 0, 0.01, ... 0.99.
 
+    Of several it is the one closest to 0.5.
+
     Args:
         thresholds: int [N, 2, 102], of each picture the pixels of background and of the class by
             ceil(100 p) for their probability p.
@@ -297,7 +305,8 @@ def best_threshold(thresholds: np.ndarray) -> tuple[float, np.ndarray]:
     fp, tp = above[:, 0], above[:, 1]
     fn = thresholds[:, 1].sum(-1, keepdims=True) - tp
     dice = metrics.dice(metrics.Confusion(tp, fp, fn, None)).mean(0)
-    return int(dice.argmax()) / 100, dice
+    best = np.flatnonzero(dice == dice.max())
+    return int(best[np.abs(best - 50).argmin()]) / 100, dice
 
 
 def _lost_a_class(mask: np.ndarray, resized: np.ndarray) -> bool:

@@ -39,12 +39,20 @@ def find(mask: np.ndarray, proba: np.ndarray) -> list[Object]:
     Raises:
         ValueError: the shapes differ, or are of another rank.
     """
+    return largest(mask, proba, None)[1]
+
+
+def largest(mask: np.ndarray, proba: np.ndarray, most: int | None) -> tuple[int, list[Object]]:
+    """The number of connected objects, and at most so many of them, as `find` has them.
+
+    Noisy masks have millions of objects: memory is that of the mask, not of the objects' boxes.
+    """
     if mask.ndim != 2 or mask.shape != proba.shape:
         raise ValueError(f"mask {mask.shape} and proba {proba.shape} must both be [H, W]")
     labels = np.empty(mask.shape, np.int32)
     n: Any = ndimage.label(mask, np.ones((3, 3)), output=labels)
     if not n:
-        return []
+        return 0, []
     area, sums = np.zeros(n, np.int64), np.zeros((3, n))
     rows = max(1, CHUNK // mask.shape[1])
     for top in range(0, len(mask), rows):
@@ -54,12 +62,19 @@ def find(mask: np.ndarray, proba: np.ndarray) -> list[Object]:
             area += np.bincount(label, minlength=n)
             for total, values in zip(sums, (x, top + y, proba[top + y, x]), strict=True):
                 total += np.bincount(label, values, minlength=n)
-    boxes = [
-        (x.start, y.start, x.stop - x.start, y.stop - y.start)
-        for y, x in ndimage.find_objects(labels)
-    ]
-    mean_x, mean_y, mean_proba = (sums / area).tolist()
-    return [
-        Object(int(area[i]), boxes[i], (mean_x[i], mean_y[i]), mean_proba[i])
-        for i in np.argsort(-area, kind="stable").tolist()
+    chosen = np.argsort(-area, kind="stable")[:most]
+    rank = np.zeros(n + 1, np.int32)  # from 1; 0 for what is left out
+    rank[chosen + 1] = np.arange(1, len(chosen) + 1)
+    for top in range(0, len(mask), rows):
+        labels[top : top + rows] = rank[labels[top : top + rows]]
+    mean_x, mean_y, mean_proba = (sums[:, chosen] / area[chosen]).tolist()
+    found = zip(area[chosen].tolist(), ndimage.find_objects(labels), strict=True)
+    return n, [
+        Object(
+            pixels,
+            (x.start, y.start, x.stop - x.start, y.stop - y.start),
+            (mean_x[i], mean_y[i]),
+            mean_proba[i],
+        )
+        for i, (pixels, (y, x)) in enumerate(found)
     ]

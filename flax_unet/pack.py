@@ -32,7 +32,9 @@ class Packed(NamedTuple):
 
     model: UNet
     variables: dict[str, Any]
-    image_size: int | tuple[int, int]  # height and width of the images that it was trained on
+    # Height and width of the images that it was trained on: resized pictures, or crops, of which
+    # `runs.Trained.predictor` knows.
+    image_size: int | tuple[int, int]
     about: dict[str, Any]  # its origin
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -90,15 +90,24 @@ class Tiled:
     progress: bool = False
 
     def __post_init__(self):
-        if any(side < 1 or side % self.model.stride for side in self.size):
+        sides = self.window if isinstance(self.window, list | tuple) else (self.window,) * 2
+        object.__setattr__(self, "window", tuple(sides))  # a list would not be hashable
+        if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+            raise ValueError(f"window is {self.window}: give one or two whole numbers")
+        if any(side < 1 or side % self.model.stride for side in sides):
             raise ValueError(f"window {self.window} is not a multiple of {self.model.stride}")
+        if self.blend not in get_args(tiles.Blend):
+            raise ValueError(f"blend is {self.blend!r}: use one of {get_args(tiles.Blend)}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: it must be positive")
         if not 0 <= self.overlap < 1:
             raise ValueError(f"overlap is {self.overlap}: it must be in [0, 1)")
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of a window."""
-        return (self.window, self.window) if isinstance(self.window, int) else self.window
+        height, width = self.window  # type: ignore[misc]
+        return height, width
 
     @property
     def on_host(self) -> bool:
@@ -120,11 +129,13 @@ class Tiled:
         """Logits, float32 [B, H, W, K] in the memory of the host, of an image [B, H, W, C].
 
         Raises:
-            ValueError: it is called inside of a JAX transformation.
+            ValueError: it is called inside of a JAX transformation, or with an empty image.
         """
         if isinstance(image, Tracer):
             raise ValueError("Tiled cuts images on the host: call it outside of jit, grad and vmap")
         image = np.asarray(image)
+        if 0 in image.shape:
+            raise ValueError(f"image has shape {image.shape}: it is empty")
         stride, shape = self.model.stride, image.shape[1:3]
         steps = [max(1, int(side * (1 - self.overlap)) // stride) * stride for side in self.size]
         axes = list(zip(shape, self.size, steps, strict=True))
@@ -170,6 +181,11 @@ def is_on_host(model: Any) -> bool:
     return getattr(model, "on_host", False) or (
         isinstance(model, Mirrored) and is_on_host(model.model)
     )
+
+
+def is_tiled(model: Any) -> bool:
+    """Whether a model takes images of any size in windows: `Tiled`, or `Mirrored` around it."""
+    return isinstance(model, Tiled) or (isinstance(model, Mirrored) and is_tiled(model.model))
 
 
 @lru_cache(maxsize=8)
@@ -292,6 +308,8 @@ def _format_for(model: Any, variables: Any) -> ImageFormat:
     """Of 8 bits, with as many channels as the model takes."""
     while isinstance(model, Mirrored | Tiled):
         model = model.model
+    if is_on_host(model):
+        return ImageFormat(model.channels, convert=True)
     for channels in (3, 1, 4):
         image = jax.ShapeDtypeStruct((1, model.stride, model.stride, channels), jnp.uint8)
         try:

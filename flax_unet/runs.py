@@ -32,6 +32,8 @@ except ImportError:  # Windows
 
 #: Sections of config.json that determine the result; a run with another value is another run.
 DETERMINES = ("settings", "model", "training", "data", "masks", "images")
+#: Pixels of the windows that `predict.Tiled` computes at a time, or one window if it has more.
+PIXELS = 2**20
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
 
 
@@ -82,9 +84,14 @@ class Settings:
     def __post_init__(self):
         if self.crop is None:
             return
-        if self.image_size not in (Settings.image_size, self.crop):
+        crop, size = (
+            side[0] if isinstance(side, tuple) and len({*side}) == 1 else side
+            for side in (self.crop, self.image_size)
+        )
+        if size not in (Settings.image_size, crop):
             raise ValueError("give only one of --image-size and --crop")
-        object.__setattr__(self, "image_size", self.crop)
+        for name in ("crop", "image_size"):
+            object.__setattr__(self, name, crop)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -175,11 +182,12 @@ def configure(
         crop=None if settings.crop is None else settings.size,
     )
     model, size = recipe.model, settings.image_size
+    name = "image_size" if settings.crop is None else "crop"
     if any(side % model.stride for side in settings.size):
-        raise ValueError(f"image_size {size} is not a multiple of {model.stride}")
+        raise ValueError(f"{name} {size} is not a multiple of {model.stride}")
     if set(settings.size) == {model.stride} and model.norm in ("instance", 1):
         raise ValueError(
-            f"image_size {size} leaves one pixel in the bottleneck, and instance norm turns a "
+            f"{name} {size} leaves one pixel in the bottleneck, and instance norm turns a "
             f"single pixel into 0: use at least {2 * model.stride}, or fewer features"
         )
     image = jnp.zeros((1, *settings.size, image_format.channels))
@@ -510,7 +518,7 @@ def read_history(
     """
     file = workdir / "metrics.jsonl"
     lines = file.read_bytes().decode(errors="replace").splitlines() if file.exists() else []
-    history = [_parse(line) for line in lines[:epochs]]
+    history = [parse_line(line) for line in lines[:epochs]]
     wrong = [
         f"line {i} is not that of epoch {i}"
         for i, line in enumerate(history, 1)
@@ -530,7 +538,7 @@ def read_history(
     return history
 
 
-def _parse(line: str) -> dict[str, Any]:
+def parse_line(line: str) -> dict[str, Any]:
     """A line of metrics.jsonl; {} if it is none."""
     try:
         content = json.loads(line)
@@ -599,9 +607,11 @@ class Trained(NamedTuple):
             content = onnx_file.to_onnx(model, self.variables, channels=channels)
             model = onnx_file.OnnxModel(content.SerializeToString())
         model = predict.Mirrored(model, self.settings.upright) if flips else model
-        window = window or self.settings.crop
+        window = self.settings.crop if window is None else window
         if window is None:
             return model, self.settings.size
+        height, width = (window, window) if isinstance(window, int) else window
+        tiled.setdefault("batch_size", min(4, max(1, PIXELS // max(1, height * width))))
         return predict.Tiled(model, window, **tiled), None
 
 

@@ -13,7 +13,8 @@ norm. All are float32, in the layouts of Flax; the images are NHWC, in [0, 1]. F
   running_var.
 
 model.json is what `pack.save` writes: the network's attributes, as `pack.build` takes them, the
-size of the images and the origin. Code for PyTorch builds the network itself. Neither file has a
+size of the images and the origin. If `about.settings.crop` is not null, the size is that of windows
+over pictures that are not resized. Code for PyTorch builds the network itself. Neither file has a
 checksum.
 """
 

@@ -151,7 +151,7 @@ def show(content: dict[str, Any]) -> None:
     print("  at the pictures' own sizes (means per image; distances in % of the diagonal):")
     (show_classes if "by_class" in own_size else show_foreground)(own_size)
     print(f"    calibration error {own_size['calibration_error']:.4f}")
-    if best and content["what"] == "validation":
+    if best and best["threshold"] != 0.5 and content["what"] == "validation":
         print(
             f"    dice at threshold {best['threshold']:g}: {best['dice']:.4f}, at 0.5: "
             f"{best['dice_at_half']:.4f}; 0.5 is used unless you say --threshold"
@@ -282,8 +282,10 @@ def run(options: Options) -> None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; [] if there is none, as of an exported model."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The whole lines of metrics.jsonl, which a training may be writing; [] if there is no file."""
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    needed = {"epoch", "loss", "val_loss", "dice_per_image", "val_dice_per_image"}
+    return [line for line in map(runs.parse_line, lines) if needed <= line.keys()]
 
 
 def panels(batches: list[Scores], i: int) -> np.ndarray:

@@ -5,6 +5,7 @@ without JAX there are --onnx FILE and --safetensors, for jax alone --stablehlo F
 that was exported as a folder.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ def run(options: Options) -> None:
     files = [file for file in (options.onnx, options.stablehlo) if file is not None]
     if options.out is None and not files:
         raise ValueError("say what to write: --out FOLDER, --onnx FILE or --stablehlo FILE")
+    if len({*files}) < len(files):
+        raise ValueError(f"{files[0]} cannot be both ONNX and StableHLO: give two files")
     if options.out is None and options.safetensors:
         raise ValueError("--safetensors needs --out FOLDER")
     if options.out is not None:
@@ -68,8 +71,8 @@ def run(options: Options) -> None:
 
 
 def write_folder(options: Options, folder: Path, trained: runs.Trained) -> None:
-    about = runs.read_config(options.workdir)
-    del about["model"]
+    about = copy.deepcopy(trained.config)
+    about.pop("model", None)
     # Do not publish this machine's paths.
     paths = ("workdir", "kvasir_zip", "images", "masks", "split_file", "data_dir")
     about["places"] |= dict.fromkeys(paths)
@@ -91,7 +94,10 @@ def onnx_bytes(options: Options, trained: runs.Trained) -> bytes:
         if options.onnx_input == "uint8" and not raw:
             raise ValueError(f"--onnx-input uint8: the model takes images of {image_format}")
         raw = options.onnx_input == "uint8"
-    about = {"class_names": mask_format.learned, "image_size": trained.settings.size}
+    # A model of crops takes pictures at their own size, in windows; others take them resized.
+    crops, size = trained.settings.crop is not None, trained.settings.size
+    about = {"class_names": mask_format.learned, "image_size": None if crops else size}
+    about["window"] = size if crops else None
     about |= images.to_json(image_format)
     made = onnx_file.to_onnx(
         trained.model,

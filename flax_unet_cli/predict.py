@@ -77,6 +77,8 @@ class Options:
 
 #: Bytes of the program itself.
 PROGRAM = 0.55e9
+#: Bytes per pixel of the windows of a model, measured.
+WINDOW = 260
 #: Bytes per pixel that ffmpeg takes for decoding a video, and for encoding each result, measured.
 DECODER, ENCODER = 60, 120
 #: Rows of a picture that are drawn at a time.
@@ -142,10 +144,18 @@ class Segmented(NamedTuple):
     drawn: dict[str, np.ndarray]  # by kind: uint8 [H, W, 3], with a legend of several classes
 
 
-def memory_of(size: tuple[int, int], image_format: ImageFormat, classes: int) -> float:
+def probabilities(context: Context, image: np.ndarray) -> np.ndarray:
+    """Probabilities of an image [H, W, C], at its size: float32 [H, W, K]."""
+    variables = context.trained.variables
+    return predict.predict_resized(context.model, variables, image, context.size)
+
+
+def memory_of(size: tuple[int, int], image_format: ImageFormat, model: Any) -> float:
     """Bytes that the prediction of a picture takes at most, measured."""
     values = image_format.channels * (1 if image_format.raw else 12)
-    return PROGRAM + size[0] * size[1] * (13 + values + 4 * classes)
+    windows = model.batch_size * model.size[0] * model.size[1] if predict.is_tiled(model) else 0
+    picture = size[0] * size[1] * (13 + values + 4 * model.num_classes)
+    return PROGRAM + picture + WINDOW * windows
 
 
 def run(options: Options) -> int:
@@ -244,7 +254,7 @@ def _picture(task: Task, context: Context) -> list[Any]:
     """Segment a picture; return its height and width, and the cells of its prediction."""
     name = str(task.file)
     content = pictures.open_content(task.file, name, decode=False)
-    needed = memory_of(pictures.size_of(content), context.image_format, context.model.num_classes)
+    needed = memory_of(pictures.size_of(content), context.image_format, context.model)
     _check_memory(name, pictures.size_of(content), needed, context)
     content = pictures.open_content(task.file, name)
     image = images.read(content, context.image_format, name)
@@ -267,8 +277,7 @@ def _check_memory(name: str, size: tuple[int, int], needed: float, context: Cont
 
 def _segment(image: np.ndarray, context: Context) -> Segmented:
     start = time.perf_counter()
-    variables = context.trained.variables
-    proba = predict.predict_resized(context.model, variables, image, context.size)
+    proba = probabilities(context, image)
     context.network += time.perf_counter() - start
     context.images += 1
     context.pixels += proba.shape[0] * proba.shape[1]
@@ -323,8 +332,9 @@ def _measured(
     segmented: Segmented, context: Context, name: str, frame: int | None = None
 ) -> list[Any]:
     """The cells of a prediction; its objects are written to their table."""
+    most = None if context.objects is not None else results.BOXES
     cells, rows = results.measure(
-        segmented.mask, segmented.proba, context.names, context.overlapping
+        segmented.mask, segmented.proba, context.names, context.overlapping, most
     )
     if context.objects is not None:
         context.objects.add(*([name, frame, *row] for row in rows))
@@ -382,7 +392,7 @@ def _video(task: Task, context: Context) -> list[Any]:
     name, overwrite = str(task.file), context.options.overwrite
     clip = video.open_video(task.file)
     height, width = clip.size
-    needed = memory_of((width, height), context.image_format, context.model.num_classes)
+    needed = memory_of((width, height), context.image_format, context.model)
     needed += width * height * (DECODER + ENCODER * len(context.drawn))
     _check_memory(name, (width, height), needed, context)
     shown = height

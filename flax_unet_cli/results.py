@@ -231,7 +231,11 @@ def _has_objects(i: int, names: Sequence[str], overlapping: bool) -> bool:
 
 
 def measure(
-    mask: np.ndarray, proba: np.ndarray, names: Sequence[str], overlapping: bool
+    mask: np.ndarray,
+    proba: np.ndarray,
+    names: Sequence[str],
+    overlapping: bool,
+    most: int | None = None,
 ) -> tuple[list[Any], list[list[Any]]]:
     """The cells of a prediction in a table, and a row for each of its objects.
 
@@ -240,6 +244,7 @@ def measure(
         proba: float32 [H, W, K].
         names: of the K channels.
         overlapping: whether the classes are.
+        most: rows for each class at most; `BOXES` or more. The largest objects have some.
 
     Returns:
         For each class its pixels, their fraction of the image, and, but for the background, the
@@ -253,10 +258,10 @@ def measure(
         area = int(np.count_nonzero(of_class))
         cells += [area, area / of_class.size]
         if _has_objects(i, names, overlapping):
-            found = objects.find(of_class, proba[..., i])
-            total = sum(each.area * each.mean_probability for each in found)
+            n, found = objects.largest(of_class, proba[..., i], most)
+            total = float(proba[..., i].sum(where=of_class, dtype=np.float64))
             boxes = json.dumps([each.box for each in found[:BOXES]], separators=(",", ":"))
-            cells += [len(found), total / area if area else None, boxes]
+            cells += [n, total / area if area else None, boxes]
             rows += [
                 [name, each.area, *each.box, *each.centroid, each.mean_probability]
                 for each in found

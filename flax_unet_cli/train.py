@@ -276,9 +276,13 @@ def summarise_data(sources: Sources, pictures: Pictures, mask_format: MaskFormat
     print(summary.as_text(content))
     others = {split: len(source) for split, source in sources.items() if split not in content}
     print("".join(f"{split}: {n} pictures\n" for split, n in others.items()), end="")
-    first = pictures.train or pictures.validation
-    if not any(one.resized.keys() - {"0"} for one in first.facts):
-        size = max(one.needed for one in first.facts)
+    facts = () if pictures.train is None else pictures.train.facts
+    if facts and not any(one.resized.keys() - {"0"} for one in facts):
+        size = max(one.needed for one in facts)
+        if not size:
+            raise DataError(
+                "all training masks are empty: see what their values mean, --foreground"
+            )
         raise DataError(
             "all masks are empty after resizing: the objects are too small for this --image-size; "
             f"about {size} would keep them"

@@ -329,7 +329,8 @@ def test_a_threshold_decides_at_both_sizes_and_the_best_one_is_reported(size):
         np.testing.assert_allclose(metrics.dice(counts)[:, 0], expected, rtol=1e-6)
         steps = [np.mean([dice_of(*pair, j / 100) for pair in pairs]) for j in range(100)]
         best = content["own_size"]["best_threshold"]
-        assert best["threshold"] == np.argmax(steps) / 100 != 0.5
+        assert best["threshold"] != 0.5
+        assert steps[round(100 * best["threshold"])] == pytest.approx(max(steps))
         np.testing.assert_allclose([best["dice"], best["dice_at_half"]], [max(steps), steps[50]])
 
 
@@ -340,3 +341,11 @@ def test_a_threshold_that_is_none_is_refused():
     three = formats.MaskFormat(values=((0, 0), (255, 1)), names=("a", "b", "c"))
     with pytest.raises(ValueError, match="exclusive classes have no threshold"):
         list(evaluate.score(Bright(), {}, source, 40, three, RGB, threshold=0.4))
+
+
+def test_of_equally_good_thresholds_the_one_closest_to_a_half_is_the_best():
+    thresholds = np.zeros((2, 2, 102), int)
+    thresholds[:, 0, 1], thresholds[:, 1, 100] = 90, 10  # right at each threshold from 0.01
+    assert evaluate.best_threshold(thresholds)[0] == 0.5
+    thresholds[0, 0, 70] = 1  # a false positive up to 0.69
+    assert evaluate.best_threshold(thresholds)[0] == 0.7

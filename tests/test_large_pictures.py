@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_unet import data, onnx_file, runs
-from flax_unet.predict import Tiled, predict_proba
+from flax_unet import checkpoint, data, onnx_file, runs
+from flax_unet.evaluate import score
+from flax_unet.predict import Tiled, predict_picture, predict_proba
 from flax_unet_cli import evaluate, export, predict, train
 
 SIZES = (70, 90), (48, 120), (64, 64), (25, 40)
@@ -49,7 +50,7 @@ def run(folders, tmp_path_factory):
 
 def test_a_run_on_crops_records_them_and_validates_on_tiles(folders, run, capsys):
     content = json.loads((run / "config.json").read_text())
-    assert content["settings"]["crop"] == [32, 32] == content["settings"]["image_size"]
+    assert content["settings"]["crop"] == 32 == content["settings"]["image_size"]
     affine = content["training"]["augment"]["random_affine"]
     assert (affine["size"], affine["shift"], affine["outside"]) == ([32, 32], 0, 255)
     trained = runs.load_model(run)
@@ -63,8 +64,10 @@ def test_a_run_on_crops_records_them_and_validates_on_tiles(folders, run, capsys
     areas = [SIZES[int(name) % 4] for name in train_names(folders)]
     assert last["n_images"] == sum(-(-h * w // 1024) for h, w in areas)
     assert last["val_n_images"] == tiles
+    dice = checkpoint._dice(run / "checkpoints" / str(last["step"]))
+    assert dice == last["val_dice_pooled"] != last["val_dice_per_image"]
     model, size = trained.predictor()
-    assert (model, size) == (Tiled(trained.model, (32, 32)), None)
+    assert (model, size) == (Tiled(trained.model, 32), None)
     assert train.main(flags(folders, run, "--epochs", "4")) == 0  # the same run
     assert "all 4 epochs are done" in capsys.readouterr().out
 
@@ -82,6 +85,25 @@ def test_another_size_beside_the_crop_is_refused(folders, tmp_path, capsys):
     with pytest.raises(ValueError, match="only one of --image-size and --crop"):
         runs.Settings(image_size=64, crop=32)
     assert runs.Settings(crop=32).size == (32, 32)
+    assert runs.Settings(crop=(32, 32), image_size=(32, 32)) == runs.Settings(crop=32)
+    assert train.main(flags(folders, tmp_path / "a", "--crop", "31", "--epochs", "1")) == 1
+    assert "crop 31 is not a multiple of" in capsys.readouterr().err
+
+
+def test_a_validation_split_without_objects_is_no_error(tmp_path):
+    """Then the masks of its tiles have 0 and what does not count, and nothing else."""
+    rng = np.random.default_rng(0)
+    for split, high in (("train", 255), ("val", 0), ("test", 255)):
+        for part in ("images", "masks"):
+            (tmp_path / split / part).mkdir(parents=True)
+        for i in range(2):
+            image, mask = rng.integers(0, 256, (50, 70), np.uint8), np.zeros((50, 70), np.uint8)
+            mask[9:30, 9:40] = high
+            Image.fromarray(image).save(tmp_path / split / "images" / f"{split}{i}.png")
+            Image.fromarray(mask).save(tmp_path / split / "masks" / f"{split}{i}.png")
+    places = "--images", str(tmp_path), "--masks", str(tmp_path), "--dataset", "folder"
+    settings = "--crop", "32", "--features", "4", "8", "--epochs", "1"
+    assert train.main(["--workdir", str(tmp_path / "run"), *places, *settings]) == 0
 
 
 def test_evaluate_scores_in_windows_and_writes_a_report(folders, run, tmp_path, capsys):
@@ -99,10 +121,14 @@ def test_evaluate_scores_in_windows_and_writes_a_report(folders, run, tmp_path, 
         predicted = predict_proba(tiled, trained.variables, image)[..., 0] > 0.4
         assert row["tp"] == (predicted & mask).sum() and row["fp"] == (predicted & ~mask).sum()
     page = (run / "report-validation-threshold-0.4.html").read_text()
+    assert evaluate.read_lines(run / "metrics.jsonl")[-1]["epoch"] == 4
+    torn = tmp_path / "metrics.jsonl"
+    torn.write_bytes((run / "metrics.jsonl").read_bytes()[:-40])
+    assert [line["epoch"] for line in evaluate.read_lines(torn)] == [1, 2, 3]
     assert "<html" in page and "http://" not in page.replace("http://www.w3.org", "")
     assert evaluate.main([*flags, "--window", "64", "--out", str(tmp_path)]) == 0
     wide = json.loads((tmp_path / "evaluation-validation-window-64x64.json").read_text())
-    assert wide["window"] == 64
+    assert wide["window"] == [64, 64]
 
 
 def test_predict_works_in_windows_and_with_onnx_runtime_the_same(folders, run, tmp_path, capsys):
@@ -130,20 +156,36 @@ def test_a_run_is_exported_in_all_forms_at_once(run, tmp_path):
     assert (tmp_path / "a" / "weights.safetensors").stat().st_size > 1000
     assert (tmp_path / "a.stablehlo").stat().st_size > 1000
     exported, trained = runs.load_model(tmp_path / "a"), runs.load_model(run)
-    assert exported.settings.crop == (32, 32)
+    assert exported.settings.crop == 32
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 64, 1), np.uint8)
     model = onnx_file.OnnxModel(tmp_path / "a.onnx")
     expected = predict_proba(trained.model, trained.variables, image)
     np.testing.assert_allclose(model.probabilities(image), expected, atol=1e-4)
     with pytest.raises(ValueError, match="computes probabilities"):
         model.apply({}, image)
+    metadata = {key: json.loads(model.metadata[key]) for key in ("window", "image_size")}
+    assert metadata == {"window": [32, 32], "image_size": None}
     assert export.main(["--workdir", str(run), "--safetensors"]) == 1
+    same = str(tmp_path / "same")
+    assert export.main(["--workdir", str(run), "--onnx", same, "--stablehlo", same]) == 1
+    assert not (tmp_path / "same").exists()
+    again = ["--workdir", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--safetensors"]
+    assert export.main(again) == 0
+    assert runs.load_model(tmp_path / "b").settings.crop == 32
 
 
 def test_an_onnx_model_stands_in_for_the_network_in_windows(run):
     trained = runs.load_model(run)
     model, size = trained.predictor(backend="onnx", flips=True)
     assert size is None
+    with pytest.raises(ValueError, match="window .0, 0. is not a multiple of"):
+        trained.predictor(window=0)
+    with pytest.raises(ValueError, match="only predict.Tiled predicts"):
+        list(score(trained.model, trained.variables, [{}], None))
+    with pytest.raises(ValueError, match="on the host: give size None"):
+        list(score(model, trained.variables, [{}], 32))
+    picture = Image.new("L", (20, 30))
+    assert predict_picture(model, {}, picture, None).shape == (30, 20, 1)
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 1), np.uint8)
     expected, _ = trained.predictor(flips=True)
     proba = predict_proba(model, {}, image)

@@ -68,3 +68,12 @@ def test_a_large_mask_of_many_objects_takes_seconds():
     assert time.process_time() - began < 10  # 0.6 s on one core
     assert len(found) == 200 * 200 and {each.area for each in found} == {100}
     assert {each.box[2:] for each in found} == {(10, 10)}
+
+
+def test_the_largest_objects_of_many_and_their_number():
+    mask = np.random.default_rng(0).random((60, 70)) < 0.2
+    proba = np.random.default_rng(1).random((60, 70))
+    every = objects.find(mask, proba)
+    number, some = objects.largest(mask, proba, 7)
+    assert number == len(every) > 50 and some == every[:7]
+    assert objects.largest(np.zeros((3, 4), bool), np.zeros((3, 4)), 7) == (0, [])

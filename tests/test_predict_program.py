@@ -48,8 +48,8 @@ def model(tmp_path_factory):
 def bright(monkeypatch):
     """Probabilities are the red, green and blue of the picture."""
 
-    def probabilities(model, trained, image):
-        return image[..., : model.num_classes] / np.float32(255)
+    def probabilities(context, image):
+        return image[..., : context.model.num_classes] / np.float32(255)
 
     monkeypatch.setattr(predict, "probabilities", probabilities)
 
@@ -533,7 +533,7 @@ def test_a_damaged_video_is_left_out_and_a_video_that_exists_is_kept(run, tmp_pa
     assert (out / "b-overlay.mp4").read_bytes() == before
     assert run(root / "b.mp4", "--overwrite")[0] == 0
     # Enough for a frame, and not for ffmpeg.
-    enough = (predict.memory_of((100, 32), images.RGB, 1) + 100 * 32 * 90) / 1e9
+    enough = (predict.memory_of((100, 32), images.RGB, UNet()) + 100 * 32 * 90) / 1e9
     errors = run(root / "b.mp4", "--max-memory", enough, out="small")[2]
     assert "b.mp4: 100 x 32 pixels take 0.6 GB: allow it with --max-memory 0.6" in errors
     assert run(root / "b.mp4", "--save", "mask", out="table")[0] == 0

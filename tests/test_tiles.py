@@ -175,10 +175,19 @@ def test_float_and_uint8_images_and_pictures_are_the_same(variables):
 
 
 def test_a_window_or_overlap_that_does_not_fit_is_refused(variables):
-    with pytest.raises(ValueError, match="window 15 is not a multiple of 2"):
+    with pytest.raises(ValueError, match=r"window \(15, 15\) is not a multiple of 2"):
         Tiled(MODEL, 15)
     with pytest.raises(ValueError, match="overlap is 1"):
         Tiled(MODEL, 16, overlap=1)
+    with pytest.raises(ValueError, match="blend is 'gauss'"):
+        Tiled(MODEL, 16, blend="gauss")
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        Tiled(MODEL, 16, batch_size=0)
+    for window in (32.0, (32,)):
+        with pytest.raises(ValueError, match="give one or two whole numbers"):
+            Tiled(MODEL, window)
+    with pytest.raises(ValueError, match="it is empty"):
+        predict_proba(Tiled(MODEL, [16, 16]), variables, np.zeros((0, 5, 3), np.uint8))
     with pytest.raises(ValueError, match="call it outside of jit"):
         jax.jit(lambda x: predict_proba(Tiled(MODEL, 16), variables, x))(jnp.zeros((20, 20, 3)))
 
