@@ -342,7 +342,10 @@ def test_a_run_is_exported_as_a_file_and_a_folder_at_once(workdir, tmp_path, cap
     assert "a.onnx exists: choose another file" in capsys.readouterr().err
     assert file.read_bytes() == before
     assert export.main(flags) == 1
-    assert "say what to write: --out FOLDER, --onnx FILE or both" in capsys.readouterr().err
+    assert (
+        "say what to write: --out FOLDER, --onnx FILE or --stablehlo FILE"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_exported_model_is_exported_as_a_file(tmp_path):
