@@ -1,9 +1,9 @@
 """Training on crops of pictures at their own resolution, whatever their sizes.
 
-An epoch has so many crops that their area is that of all pictures: of each picture its area by that
-of a crop, rounded up. Crop i of epoch e has a place of its own, drawn from (seed, e, i): a resumed
-training sees the same ones. Most are anywhere in their picture. A third of them, as in nnU-Net, are
-centred at a random pixel of a random class that the picture has, as far as they then lie inside:
+An epoch has enough crops to cover the area of all pictures: for each picture, its area divided by
+that of a crop, rounded up. The place of crop i in epoch e is random and depends on (seed, e, i)
+alone, so a resumed training sees the same crops. Two thirds are uniform over their picture. A third
+is centred at a random pixel of a random class in the picture, then moved to lie inside, as in:
 Isensee et al.: "nnU-Net: a self-configuring method for deep learning-based biomedical image
 segmentation", Nature Methods, 2021.
 
@@ -40,13 +40,13 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Crops:
-    """The crops of an epoch.
+    """Sizes, seed and pictures of the crops of an epoch.
 
     Attributes:
         size: height and width of a crop.
-        frame: height and width of what is cut for it, see `frame_of`.
-        seed: of their places.
-        picture: int [n], the picture of each crop.
+        frame: height and width of the frame that is cut around it, see `frame_of`.
+        seed: of the random places.
+        picture: int [n], index of the picture of each crop.
     """
 
     size: Size
@@ -163,11 +163,12 @@ def load(
         DataError: an entry is unusable, or there are 2^31 pixels and more.
     """
 
-    def decode(i: int) -> tuple[np.ndarray, np.ndarray, summary.Facts, list[np.ndarray]]:
-        image, mask = data.decode_pair(source[i], mask_format, image_format)
-        return image, mask, summary.facts(mask, mask), places_of(mask)
+    def decode(i: int) -> tuple[np.ndarray, np.ndarray, str, summary.Facts, list[np.ndarray]]:
+        example = source[i]
+        image, mask = data.decode_pair(example, mask_format, image_format)
+        return image, mask, example["name"], summary.facts(mask, mask), places_of(mask)
 
-    images, masks, facts, places = zip(*map_all(decode, range(len(source))), strict=True)
+    images, masks, names, facts, places = zip(*map_all(decode, range(len(source))), strict=True)
     sizes = [image.shape[0] * image.shape[1] for image in images]
     if (total := sum(sizes) + 2 * padding) >= 2**31:
         raise data.DataError(f"the pictures have {total:,} pixels, too many for a device: --stream")
@@ -177,10 +178,9 @@ def load(
         flat = (array.reshape(-1, array.shape[-1]) for array in arrays)
         return jax.device_put(np.concatenate([ends, *flat, ends]))
 
-    names = [source[i]["name"] for i in range(len(source))]
     content = data.fingerprint(source, pictures)
     nothing = np.zeros((0, 1), np.uint8)
-    arrays = data.Arrays(nothing, nothing, names, content, mask_format, facts, image_format)
+    arrays = data.Arrays(nothing, nothing, list(names), content, mask_format, facts, image_format)
     offset = padding + np.cumsum([0, *sizes[:-1]])
     shape = [image.shape[:2] for image in images]
     return Resident(packed(images), packed(masks), offset, shape, list(places), arrays)
@@ -327,7 +327,8 @@ def whole(
     """
 
     def decode(i: int) -> tuple[list[np.ndarray], list[np.ndarray], list[str], summary.Facts]:
-        image, mask = data.decode_pair(source[i], mask_format, image_format)
+        example = source[i]  # read once, and not for each tile
+        image, mask = data.decode_pair(example, mask_format, image_format)
         images, masks, names = [], [], []
         for top, rows in _parts(image.shape[0], size[0]):
             for left, columns in _parts(image.shape[1], size[1]):
@@ -335,7 +336,7 @@ def whole(
                 tile = _frame(mask, (top, left), size, IGNORE)
                 tile[:rows], tile[:, :columns] = IGNORE, IGNORE
                 masks.append(tile)
-                names.append(f"{source[i]['name']} at {top}, {left}")
+                names.append(f"{example['name']} at {top}, {left}")
         return images, masks, names, summary.facts(mask, mask)
 
     *tiles, facts = zip(*map_all(decode, range(len(source))), strict=True)

@@ -161,10 +161,11 @@ def score(
     at_own_size = partial(_at_own_size, decide=decide, overlapping=overlapping, tolerance=tolerance)
     if size is None:
         for i in range(len(source)):
-            image, true = data.decode_pair(source[i], **read)
-            yield _score_tiled(
-                model, variables, source[i]["name"], image, true, at_own_size, decide
-            )
+            example = source[i]
+            image, true = data.decode_pair(example, **read)
+            if i == 0:  # compiles one window, before it is timed
+                predict_proba(model, variables, image[:1, :1])
+            yield _score_tiled(model, variables, example["name"], image, true, at_own_size, decide)
         return
     size = (size, size) if isinstance(size, int) else size
     decode = partial(data.decode_resized, source, size=size, **read)
@@ -215,7 +216,6 @@ def _score_tiled(
     decide: Callable[..., np.ndarray],
 ) -> Scores:
     """Scores of one picture at its own size, which is that of the network here."""
-    predict_proba(model, variables, image[:1, :1])  # compiles one window, before it is timed
     began = time.perf_counter()
     proba = predict_proba(model, variables, image)
     seconds = time.perf_counter() - began

@@ -11,7 +11,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import IO, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -547,19 +547,19 @@ def parse_line(line: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def write_atomically(file: Path, text: str) -> None:
+def write_atomically(file: Path, content: str | bytes) -> None:
     """Replace a file in one move, so that a killed run leaves the old one or the new one.
 
     What is moved is on the disk already, so that a power loss does not leave an empty file.
     """
     part = file.with_name(file.name + ".part")
-    with part.open("w", encoding="utf-8") as stream:
-        stream.write(text)
+    with part.open("wb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
         sync(stream)
     part.replace(file)
 
 
-def sync(stream: TextIO) -> None:
+def sync(stream: IO) -> None:
     """Wait until what was written is on the disk."""
     stream.flush()
     os.fsync(stream.fileno())

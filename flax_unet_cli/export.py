@@ -67,7 +67,9 @@ def run(options: Options) -> None:
     if options.out is not None:
         write_folder(options, options.out, trained)
     for file, content in contents.items():
-        write_file(file, content)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_atomically(file, content)
+        print_size(file, file)
 
 
 def write_folder(options: Options, folder: Path, trained: runs.Trained) -> None:
@@ -118,17 +120,6 @@ def stablehlo_bytes(options: Options, trained: runs.Trained) -> bytes:
         channels=image_format.channels,
         raw=image_format.raw,
     )
-
-
-def write_file(file: Path, content: bytes) -> None:
-    """Create a file in one move, so that a killed program leaves none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    with part.open("wb") as stream:
-        stream.write(content)
-        runs.sync(stream)  # type: ignore[arg-type]
-    part.replace(file)
-    print_size(file, file)
 
 
 def print_size(written: Path, file: Path) -> None:

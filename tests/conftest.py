@@ -1,5 +1,7 @@
 """Settings of all tests: several fake devices, no silent broadcasting, an empty cache folder."""
 
+import shutil
+
 import jax
 import pytest
 
@@ -13,3 +15,15 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, driven by Playwright."""
+    if (chromium := shutil.which("chromium")) is None:
+        pytest.skip("there is no chromium")
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()

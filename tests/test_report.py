@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -17,7 +16,6 @@ from flax_unet.report import report_html
 from flax_unet.svg import ticks
 from tests.drawn import rgb
 
-CHROMIUM = shutil.which("chromium")
 HOSTILE = "</title></style><script>alert(1)</script><img src=http://evil.example/x.png>&\"'"
 RELIABILITY = Reliability(
     np.array([5000, 0, 40, 1, 900]),
@@ -190,17 +188,6 @@ def test_ticks_are_round(ends, expected):
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=NAMES)

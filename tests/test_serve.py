@@ -5,7 +5,6 @@ import http.client
 import io
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -33,7 +32,6 @@ pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = shutil.which("chromium")
 HOSTILE = "<img src=x onerror=alert(1)>"
 CELLS = tuple(enumerate(range(3)))
 FORMATS = {
@@ -401,17 +399,6 @@ def test_ctrl_c_ends_it_in_one_line(models):
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
