@@ -36,7 +36,8 @@ SIZES = {
 DUMMY = kvasir_seg.Protocol(
     name="dummy", splits={"train": ["rim", "disc", "pair"], "test": ["flat"]}
 )
-PROTOCOLS = {config.name: config.splits for config in kvasir_seg.Builder.BUILDER_CONFIGS}
+CONFIGS = {config.name: config for config in kvasir_seg.Builder.BUILDER_CONFIGS}
+PROTOCOLS = {name: CONFIGS[name].splits for name in tfds_kvasir.datasets()["kvasir_seg"]}
 ALL_NAMES = sorted(name for split in PROTOCOLS["article"].values() for name in split)
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "KVASIR_SEG_ZIP"}
 REAL = os.environ.get("KVASIR_SEG_ZIP", "")
@@ -327,7 +328,7 @@ def test_error_names_damaged_data(zips, size):
     assert zips.prepared_width(kvasir_zip=path) == 24
     for file in zips.data_dir.rglob("*array_record*"):
         os.truncate(file, size) if size is not None else file.unlink()
-    with pytest.raises(ValueError, match="kvasir_seg/dummy/1.0.0 cannot be read; if it is damaged"):
+    with pytest.raises(ValueError, match="kvasir_seg/pictures/1.0.0 cannot be read; if it is"):
         zips.prepared_width(kvasir_zip=path)
 
 
@@ -444,24 +445,102 @@ assert "tensorflow" not in sys.modules
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
-def test_default_format_is_array_record_without_tensorflow(dummy, tmp_path, monkeypatch):
-    archive, data_dir = dummy
-    find_spec = importlib.util.find_spec
-    missing: dict[str, object] = {"tensorflow": None}
+def test_protocols_share_one_copy(all_names_zip, tmp_path):
+    written = set()
+    for protocol, splits in PROTOCOLS.items():
+        builder = tfds.builder(
+            "kvasir_seg", config=protocol, data_dir=tmp_path, kvasir_zip=all_names_zip
+        )
+        builder.download_and_prepare()
+        written |= {(file, file.stat().st_mtime_ns) for file in tmp_path.rglob("*array_record*")}
+        assert builder.is_prepared() and Path(builder.info.data_dir) == Path(builder.data_path)
+        for split, names in builder.as_data_source().items():
+            assert [example["name"].decode() for example in names] == splits[split]
+    (one,) = written
+    assert one[0].parent == tmp_path / "kvasir_seg" / "pictures" / "1.0.0"
+    everything = tfds.data_source("kvasir_seg/pictures", split="pictures", data_dir=tmp_path)
+    assert [example["name"].decode() for example in everything] == ALL_NAMES
 
-    def only(name, *args):
-        return missing[name] if name in missing else find_spec(name, *args)
 
-    monkeypatch.setattr(importlib.util, "find_spec", only)
-    builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=tmp_path)
-    assert builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
-    builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=tmp_path, file_format="tfrecord")
-    assert builder.info.file_format == tfds.core.FileFormat.TFRECORD
-    missing["tensorflow"] = object()
-    builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=tmp_path)
-    assert builder.info.file_format == tfds.core.FileFormat.TFRECORD
-    builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=data_dir)  # already prepared
-    assert builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+def test_slices_and_sums_of_splits(dummy):
+    _, data_dir = dummy
+    builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=data_dir)
+
+    def names(split):
+        return [example["name"].decode() for example in builder.as_data_source(split)]
+
+    assert names("train[1:]") == ["disc", "pair"] and names("train[:33%]") == ["rim"]
+    assert names("test+train[:1]") == ["flat", "rim"]
+    assert names("all") == ["rim", "disc", "pair", "flat"]
+    assert builder.info.splits["train[1:]"].num_examples == 2
+    first, second = builder.as_data_source(["train", "test"])
+    assert (len(first), len(second)) == (3, 1)
+    assert [example["name"] for example in first[::-1]] == [b"pair", b"disc", b"rim"]
+    with pytest.raises(ValueError, match="validation"):
+        names("validation")
+
+
+def test_a_copy_that_lacks_pictures_of_another_protocol_is_refused(dummy):
+    _, data_dir = dummy
+    with pytest.raises(ValueError, match="pictures/1.0.0 lacks 1000 pictures of medico"):
+        tfds_kvasir.sources("kvasir_seg", "medico", data_dir=data_dir)
+
+
+def test_a_protocol_that_was_prepared_on_its_own_is_read_as_it_is(dummy, tmp_path, monkeypatch):
+    archive, _ = dummy
+    path = FOLDER / "dummy_data" / "kvasir-seg.zip"
+    monkeypatch.setattr(kvasir_seg, "PICTURES", DUMMY)  # as before there was a shared copy
+    monkeypatch.setattr(
+        kvasir_seg.Builder,
+        "_split_generators",
+        lambda self, _: {
+            split: self._generate_examples(path, [(n, *kvasir_seg._pairs(path)[n]) for n in names])
+            for split, names in DUMMY.splits.items()
+        },
+    )
+    tfds_kvasir.sources("kvasir_seg", DUMMY, data_dir=tmp_path, kvasir_zip=path)
+    monkeypatch.undo()
+    (file,) = tmp_path.rglob("*train.array_record*")
+    assert file.parent == tmp_path / "kvasir_seg" / "dummy" / "1.0.0"
+    sources = tfds_kvasir.sources("kvasir_seg", DUMMY, data_dir=tmp_path, kvasir_zip="no/such.zip")
+    for split, names in DUMMY.splits.items():
+        check_source(sources[split], archive, names)
+
+
+def test_tfrecord_files_belong_to_a_protocol(tmp_path):
+    def builder(**kwargs):
+        return tfds.builder("kvasir_seg", config=DUMMY, data_dir=tmp_path, **kwargs)
+
+    assert builder().info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+    tfrecord = builder(file_format="tfrecord")
+    assert tfrecord.info.file_format == tfds.core.FileFormat.TFRECORD
+    assert Path(tfrecord.data_path) == tmp_path / "kvasir_seg" / "dummy" / "1.0.0"
+    with pytest.raises(ValueError, match=r"file_format='tfrecord'\)"):
+        builder().download_and_prepare(file_format="tfrecord")
+
+
+def test_tf_data_reads_the_same_copy(dummy):
+    pytest.importorskip("tensorflow", reason="as_dataset needs TensorFlow")
+    _, data_dir = dummy
+    builder = tfds.builder("kvasir_seg", config=DUMMY, data_dir=data_dir)
+    source = builder.as_data_source("train")
+    for one, other in zip(source, builder.as_dataset("train").as_numpy_iterator(), strict=True):
+        assert one.keys() == other.keys() and one["name"] == other["name"]
+        for key in ("image", "mask", "bboxes"):
+            np.testing.assert_array_equal(one[key], other[key])
+    skip = {"image": tfds.decode.SkipDecoding()}
+    (example,) = builder.as_dataset("test", decoders=skip).as_numpy_iterator()
+    assert example["image"] == builder.as_data_source("test", decoders=skip)[0]["image"]
+    batch = tfds.load(
+        "kvasir_seg",
+        data_dir=data_dir,
+        split="train[:2]",
+        batch_size=2,
+        as_supervised=True,
+        builder_kwargs={"config": DUMMY},
+    )
+    ((images, masks),) = batch
+    assert images.shape == (2, 24, 32, 3) and masks.shape == (2, 24, 32, 1)
 
 
 def test_tfds_build_accepts_the_folder(all_names_zip, tmp_path):

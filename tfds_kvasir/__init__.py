@@ -14,7 +14,7 @@ from google.protobuf.json_format import ParseError
 from tensorflow_datasets.core import constants
 
 from tfds_kvasir.examples import SegmentationBuilder
-from tfds_kvasir.kvasir_seg import kvasir_seg_dataset_builder  # noqa: F401
+from tfds_kvasir.kvasir_seg.kvasir_seg_dataset_builder import PICTURES
 from tfds_kvasir.synthetic_cells import synthetic_cells_dataset_builder  # noqa: F401
 from tfds_kvasir.synthetic_polyps import synthetic_polyps_dataset_builder  # noqa: F401
 
@@ -26,9 +26,12 @@ NAMES = ("name", "file_name", "filename", "id")
 
 
 def datasets() -> dict[str, list[str]]:
-    """The names of the data sets imported above, and of the configurations of each."""
+    """The names of the data sets imported above, and of the configurations of each.
+
+    Not `pictures` of Kvasir-SEG, which has no splits to train on.
+    """
     return {
-        builder.name: [config.name for config in builder.BUILDER_CONFIGS]
+        builder.name: [config.name for config in builder.BUILDER_CONFIGS if config is not PICTURES]
         for builder in SegmentationBuilder.__subclasses__()
     }
 

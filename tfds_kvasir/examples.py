@@ -1,8 +1,7 @@
 """Shared by the data sets: features, mask encoding, bounding boxes, a base class of builders."""
 
-import importlib.util
 import io
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -25,7 +24,9 @@ def features() -> tfds.features.FeaturesDict:
 
 
 class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A builder that works without TensorFlow.
+    """A builder whose data sets can be read with and without TensorFlow.
+
+    They are prepared as array_record, which `as_data_source` reads, and `as_dataset` too.
 
     Attributes:
         IGNORE: values of the masks that do not count.
@@ -36,13 +37,30 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     def __init__(self, *, file_format: str | tfds.core.FileFormat | None = None, **kwargs):
         """Args, in addition to those of TFDS:
 
-        file_format: format in which the data set is prepared; by default tfrecord, as in TFDS,
-            or array_record if TensorFlow is not installed.
+        file_format: format in which the data set is prepared; by default array_record.
         """
         super().__init__(file_format=file_format, **kwargs)
-        no_tensorflow = importlib.util.find_spec("tensorflow") is None
-        if file_format is None and no_tensorflow and not self.data_path.exists():
+        if file_format is None and not self.data_path.exists():
             self.info.set_file_format("array_record", override=True)
+
+    def _as_dataset(self, split, decoders=None, read_config=None, shuffle_files=False):
+        """`as_dataset`, which TFDS itself has for tfrecord only.
+
+        Raises:
+            ValueError: a decoder is not `tfds.decode.SkipDecoding()`.
+        """
+        if self.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+            return super()._as_dataset(split, decoders, read_config, shuffle_files)
+        import tensorflow as tf  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
+
+        spec: Any = self.info.features.get_tensor_spec()  # pyright: ignore
+        for name, decoder in dict(decoders or {}).items():
+            if not isinstance(decoder, tfds.decode.SkipDecoding):
+                raise ValueError(f"the decoder of {name!r} must be tfds.decode.SkipDecoding()")
+            spec[name] = tf.TensorSpec((), tf.string)
+        read: Any = self.as_data_source  # decorated, so its type has no arguments
+        source = read(split, decoders=decoders)
+        return tf.data.Dataset.from_generator(lambda: iter(source), output_signature=spec)
 
 
 def encode_mask(mask: np.ndarray) -> bytes:

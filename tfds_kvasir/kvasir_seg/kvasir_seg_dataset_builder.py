@@ -8,10 +8,12 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import numpy as np
 import requests
 import tensorflow_datasets as tfds
+import tree
 from PIL import Image
 
 from tfds_kvasir.examples import SegmentationBuilder, boxes, encode_mask, features
@@ -51,6 +53,25 @@ _DESCRIPTIONS = {
 _SPLITS = json.loads(Path(__file__).with_name("splits.json").read_text())
 
 
+#: The configuration of the copy that all protocols read: every picture of the zip, sorted by name.
+PICTURES = Protocol(name="pictures", description="All pictures, in one split.")
+
+
+class Rows(Sequence):
+    """Some rows of a sequence, in an order of their own."""
+
+    def __init__(self, source: Sequence[Any], rows: Sequence[int]):
+        self._source, self._rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Rows(self._source, self._rows[index])
+        return self._source[self._rows[index]]
+
+
 class Builder(SegmentationBuilder):
     """Kvasir-SEG, described in README.md in this folder."""
 
@@ -61,17 +82,42 @@ class Builder(SegmentationBuilder):
     BUILDER_CONFIGS = [
         Protocol(name=name, description=description, splits=_SPLITS[name])
         for name, description in _DESCRIPTIONS.items()
-    ]
+    ] + [PICTURES]
 
-    def __init__(self, *, kvasir_zip: str | os.PathLike[str] | None = None, **kwargs):
+    def __init__(
+        self,
+        *,
+        kvasir_zip: str | os.PathLike[str] | None = None,
+        file_format: str | tfds.core.FileFormat | None = None,
+        **kwargs,
+    ):
         """Args, in addition to those of `SegmentationBuilder`:
 
         kvasir_zip: path of kvasir-seg.zip. By default the environment variable KVASIR_SEG_ZIP,
             then kvasir-seg.zip in TFDS' manual_dir, then the download. The zip is read only if
             the data set has not been prepared yet.
+        file_format: by default array_record, in one copy that all protocols read (configuration
+            `pictures`); "tfrecord" writes the pictures of this protocol to files of its own.
         """
-        super().__init__(**kwargs)
+        super().__init__(file_format=file_format, **kwargs)
         self._kvasir_zip = kvasir_zip
+        self._pictures: Builder | None = None  # the builder of the copy, if this one reads it
+        self._protocol: Any = self.builder_config  # whose pictures the zip must have
+        tfrecord = self.info.file_format != tfds.core.FileFormat.ARRAY_RECORD
+        if self._protocol.name != PICTURES.name and not tfrecord and not self.data_path.exists():
+            self._pictures = Builder(
+                config=PICTURES, data_dir=self._data_dir_root, kvasir_zip=kvasir_zip
+            )
+            self._pictures._protocol = self._protocol
+            self._data_dir = self._pictures._data_dir
+            self.info.set_splits(
+                tfds.core.SplitDict(
+                    tfds.core.SplitInfo(name=split, shard_lengths=[len(names)], num_bytes=0)
+                    for split, names in self._protocol.splits.items()
+                )
+            )
+            self.info.update_data_dir(self._data_dir)
+            self.info._identity.data_dir = self._data_dir
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
@@ -80,12 +126,11 @@ class Builder(SegmentationBuilder):
             homepage="https://datasets.simula.no/kvasir-seg/",
             license="Research and education only; commercial use needs prior written permission.",
             disable_shuffling=True,  # keep the protocol's order
+            metadata=tfds.core.MetadataDict(),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        path = self._zip_path(dl_manager)
-        protocol = self.builder_config
-        assert isinstance(protocol, Protocol)
+        path, protocol = self._zip_path(dl_manager), self._protocol
         pairs = _pairs(path)
         names = [name for split in protocol.splits.values() for name in split]
         if missing := [name for name in names if name not in pairs]:
@@ -93,10 +138,60 @@ class Builder(SegmentationBuilder):
                 f"{path}: {len(missing)} of the {len(names)} pictures of {protocol.name} are "
                 f"missing, the first is images/{missing[0]}.jpg; download {URL} again"
             )
+        splits: Any = protocol.splits
+        metadata: Any = self.info.metadata
+        if self.builder_config is PICTURES:
+            splits = {PICTURES.name: sorted(pairs)}
+            metadata["names"] = splits[PICTURES.name]
         return {
             split: self._generate_examples(path, [(name, *pairs[name]) for name in names])
-            for split, names in protocol.splits.items()
+            for split, names in splits.items()
         }
+
+    def download_and_prepare(  # pyright: ignore[reportIncompatibleVariableOverride]  # decorated
+        self, *, file_format=None, **kwargs
+    ) -> None:
+        """As TFDS, but all protocols share one copy of the pictures.
+
+        Raises:
+            ValueError: file_format is another one than the builder's, or the zip is invalid.
+        """
+        if self._pictures is None:
+            super().download_and_prepare(file_format=file_format, **kwargs)
+        elif file_format in (None, "array_record", tfds.core.FileFormat.ARRAY_RECORD):
+            self._pictures.download_and_prepare(**kwargs)
+        else:
+            raise ValueError(
+                f"to prepare {file_format}, ask for it when the builder is made: "
+                f"tfds.builder('kvasir_seg', file_format={str(file_format)!r})"
+            )
+
+    def as_data_source(  # pyright: ignore[reportIncompatibleVariableOverride]  # decorated
+        self, split=None, **kwargs
+    ):
+        """As TFDS: a sequence of the examples of a split, in the protocol's order.
+
+        Raises:
+            ValueError: the copy lacks a picture of the protocol.
+        """
+        if self._pictures is None:
+            return super().as_data_source(split, **kwargs)  # pyright: ignore[reportCallIssue]
+        pictures: Any = self._pictures.as_data_source(PICTURES.name, **kwargs)
+        metadata: Any = self._pictures.info.metadata
+        row = {name: i for i, name in enumerate(metadata["names"])}
+        names = {split: list(names) for split, names in self._protocol.splits.items()}
+        if missing := [name for each in names.values() for name in each if name not in row]:
+            raise ValueError(
+                f"{self.data_path} lacks {len(missing)} pictures of {self._protocol.name}, the "
+                f"first is {missing[0]}: delete it, and prepare it again from a complete zip"
+            )
+
+        def of(split) -> Rows:
+            parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(self.info.splits)
+            chosen = [name for p in parts for name in names[p.splitname][p.from_ : p.to]]
+            return Rows(pictures, [row[name] for name in chosen])
+
+        return tree.map_structure(of, {each: each for each in names} if split is None else split)
 
     def _generate_examples(self, path: Path, members: Sequence[tuple[str, str, str]]):
         with zipfile.ZipFile(path) as archive:
@@ -157,7 +252,8 @@ def _pairs(path: Path) -> dict[str, tuple[str, str]]:
             if PureWindowsPath(member).anchor or ".." in parts:
                 raise ValueError(f"{member!r} points outside the zip; do not trust this zip")
             folder, file = parts[-2:] if len(parts) > 1 else ("", "")
-            if folder in members and file.endswith(".jpg"):
+            # macOS adds files ._NAME.jpg that are no pictures.
+            if folder in members and file.endswith(".jpg") and not file.startswith("."):
                 name = file.removesuffix(".jpg")
                 if name in members[folder]:
                     raise ValueError(f"the zip contains two files {folder}/{file}")
