@@ -32,6 +32,7 @@ Trained models
     checkpoint    states on disk (Orbax)
     runs          a run's folder; load_model
     pack          a model as a small folder to ship
+    zoo           the models that come with the package
     tiles         windows that cover a picture, and the weights that blend them
     predict       probabilities of images and pictures of any size
     objects       connected objects of a mask: area, box, centroid
@@ -52,9 +53,13 @@ To and from other programs
 __version__ = "0.2.0"
 
 
-def __getattr__(name: str):
-    if name == "UNet":  # imported on demand: the package itself imports nothing
+def __getattr__(name: str):  # on demand: the package itself imports nothing
+    if name == "UNet":
         from flax_unet.model import UNet
 
         return UNet
+    if name == "load_model":
+        from flax_unet.runs import load_model
+
+        return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flax_unet
-from flax_unet import checkpoint, formats, images, onnx_file, pack, predict, recipes, train
+from flax_unet import checkpoint, formats, images, onnx_file, pack, predict, recipes, train, zoo
 from flax_unet.efficientnet import with_imagenet
 from flax_unet.folders import MaskFiles
 from flax_unet.formats import BINARY, MaskFormat
@@ -51,8 +51,8 @@ class Settings:
     protocol: str = "article"
     """Train, validation and test split of kvasir_seg: article, medico, effisegnet or sorted42."""
     init: Path | None = None
-    """Workdir of a run with the same network, or an exported model, to start from its best
-    parameters."""
+    """Workdir of a run with the same network, or an exported model, or the name of a shipped one
+    (pretrained, strong), to start from its best parameters."""
     features: tuple[int, ...] | None = None
     """Channels per level; the last is the bottleneck. With an encoder, channels per level of
     the decoder. By default the recipe's."""
@@ -82,6 +82,8 @@ class Settings:
     """Type of the computation; parameters are float32."""
 
     def __post_init__(self):
+        if self.init is not None:
+            object.__setattr__(self, "init", zoo.named(self.init) or self.init)
         if self.crop is None:
             return
         crop, size = (
@@ -619,15 +621,17 @@ def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> T
     """The model of a run, or an exported model. Neither recipe nor optimizer is needed.
 
     Args:
-        folder: the workdir of a run, or the folder of an exported model.
+        folder: the workdir of a run, the folder of an exported model, or the name of a model that
+            comes with the package: `pretrained` or `strong`, see `zoo`.
         which: checkpoint of a run, `best` by validation Dice or `latest`.
 
     Raises:
-        FileNotFoundError: the folder holds neither.
+        FileNotFoundError: the folder holds neither a run nor a model, or does not exist.
         CheckpointError: the checkpoint is missing or damaged.
-        ValueError: the config.json or the model cannot be read, or the folder holds both.
+        ValueError: the config.json or the model cannot be read, the folder holds both, or the name
+            is also that of a folder here.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = zoo.folder(folder)
     packed = pack.load(folder) if (folder / "model.json").is_file() else None
     if packed is not None and (folder / "config.json").exists():
         raise ValueError(f"{folder} holds a run and an exported model: move one of them away")

@@ -1,4 +1,4 @@
-"""`flax-unet PROGRAM [flags]`: train, evaluate, predict, export or import a U-Net; run a study."""
+"""`flax-unet PROGRAM [flags]`: train, evaluate, predict or export a U-Net, and more."""
 
 import importlib
 import sys
@@ -14,6 +14,7 @@ PROGRAMS = (
     "import_keras",
     "ablate",
     "data_efficiency",
+    "info",
 )
 
 

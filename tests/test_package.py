@@ -7,6 +7,7 @@ import pydoc
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -17,10 +18,14 @@ from PIL import Image
 
 import flax_unet
 from flax_unet.model import UNet
+from flax_unet.runs import load_model
 
 ROOT = Path(__file__).parent.parent
 FILES = """
     flax_unet/py.typed
+    flax_unet/models/LICENSE
+    flax_unet/models/pretrained/README.md
+    flax_unet/models/strong/README.md
     flax_unet_cli/__main__.py
     flax_unet_cli/serve.html
     tfds_kvasir/kvasir_seg/README.md
@@ -57,6 +62,16 @@ assert "@" in info.citation, info.citation
 assert tfds.builder("synthetic_polyps", data_dir=data_dir).info.description
 """
 
+LOAD = """
+import sys
+
+import flax_unet
+import jax
+
+leaves = jax.device_get(jax.tree.leaves(flax_unet.load_model(sys.argv[1]).variables))
+print(*sorted(abs(leaf.astype(float)).sum().item() for leaf in leaves))
+"""
+
 
 # The wheel
 
@@ -65,13 +80,18 @@ assert tfds.builder("synthetic_polyps", data_dir=data_dir).info.description
 def site(tmp_path_factory):
     """A folder with the unpacked wheel, which is how pip installs a package of pure Python.
 
-    The build needs no network, because the test extra includes Hatchling.
+    The wheel is made from the sdist, so that the sdist has all that it needs. The build needs no
+    network, because the test extra includes Hatchling.
     """
     out, site = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", out]
-    subprocess.run(build, cwd=ROOT, check=True)
-    [wheel] = out.iterdir()
-    assert wheel.name.endswith("-py3-none-any.whl")
+    build = [sys.executable, "-m", "hatchling", "build", "--directory", out, "--target"]
+    subprocess.run([*build, "sdist"], cwd=ROOT, check=True)
+    [sdist] = out.iterdir()
+    with tarfile.open(sdist) as archive:
+        archive.extractall(out, filter="data")
+    subprocess.run([*build, "wheel"], cwd=out / sdist.name.removesuffix(".tar.gz"), check=True)
+    [wheel] = out.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl") and wheel.stat().st_size < 20e6
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     return site
@@ -98,7 +118,10 @@ def test_wheel_has_the_packages_and_nothing_else(site):
     library, metadata, programs = packages
     assert (library, programs, datasets) == ("flax_unet", "flax_unet_cli", "tfds_kvasir")
     assert metadata == f"flax_unet-{flax_unet.__version__}.dist-info"
-    assert (site / metadata / "licenses" / "LICENSE").is_file()
+    for license in ("LICENSE", "models/LICENSE"):
+        assert (site / metadata / "licenses" / license).read_text() == (ROOT / license).read_text()
+    fields = (site / metadata / "METADATA").read_text().splitlines()
+    assert "License-Expression: Apache-2.0 AND LicenseRef-Kvasir-SEG" in fields
     assert [*site.rglob("*_test.py"), *site.rglob("dummy_data")] == []
     assert [name for name in FILES if not (site / name).is_file()] == []
     for package in (library, programs, datasets):
@@ -111,6 +134,22 @@ def test_wheel_has_the_packages_and_nothing_else(site):
 
 def test_wheel_is_what_is_imported_and_knows_its_datasets(site, python, tmp_path):
     python("-c", USE, site, tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["pretrained", "strong"])
+def test_a_shipped_model_loads_by_its_name_from_the_wheel_alone(python, name):
+    arrays = np.load(ROOT / "models" / name / "weights.npz")
+    expected = sorted(abs(arrays[key].astype(float)).sum() for key in arrays)
+    sums = [float(word) for word in python("-c", LOAD, name).split()]
+    np.testing.assert_allclose(sums, expected, rtol=1e-12)
+
+
+def test_programs_take_the_name_of_a_shipped_model(python, tmp_path):
+    python("-m", "flax_unet_cli", "export", "--model", "strong", "--out", "model")
+    written = np.load(tmp_path / "user" / "model" / "weights.npz")
+    arrays = np.load(ROOT / "models" / "strong" / "weights.npz")
+    assert {*written} == {*arrays}
+    assert all((written[name] == arrays[name]).all() for name in arrays)
 
 
 def test_programs_run_from_the_wheel_alone(python, tmp_path):
@@ -148,8 +187,8 @@ def test_the_package_imports_nothing_beyond_the_standard_library():
     assert "flax_unet" in names and {*names} - sys.stdlib_module_names == {"flax_unet"}
 
 
-def test_the_network_is_an_attribute_of_the_package():
-    assert flax_unet.UNet is UNet
+def test_the_network_and_load_model_are_attributes_of_the_package():
+    assert flax_unet.UNet is UNet and flax_unet.load_model is load_model
     with pytest.raises(AttributeError, match="module 'flax_unet' has no attribute 'Unet'"):
         flax_unet.Unet  # noqa: B018
 
