@@ -6,14 +6,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flax_unet import draw, predict, runs
+from flax_unet import draw, metrics, predict, runs
 from tfds_kvasir.synthetic_polyps.draw import draw as draw_polyps
 
 trained = runs.load_model(sys.argv[1])
-rows = []
+model, size = trained.predictor()
+rows = {}
 for seed in (3, 11):  # not among the training pictures
     image, mask = draw_polyps(np.random.default_rng(seed), 256)
-    size = trained.settings.image_size
-    proba = predict.predict_picture(trained.model, trained.variables, Image.fromarray(image), size)
-    rows.append(draw.panels(image, proba[..., 0], mask))
+    picture = Image.fromarray(image)
+    proba = predict.predict_picture(model, trained.variables, picture, size, trained.image_format)
+    both = (proba > 0.5) & (mask[..., None] == 1)
+    counts = metrics.Confusion(
+        both.sum(), (proba > 0.5).sum() - both.sum(), mask.sum() - both.sum(), None
+    )
+    caption = f"a picture drawn by code (Dice {float(metrics.dice(counts)):.3f})"
+    rows[caption] = draw.panels(image, proba, mask[..., None])
 draw.save_sheet(Path(__file__).with_name("example.png"), rows)

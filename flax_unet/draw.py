@@ -10,13 +10,17 @@ from scipy import ndimage
 
 from flax_unet.metrics import Reliability
 
+#: Images of equal size side by side, uint8 [H, W, 3].
+Panels = tuple[np.ndarray, ...]
+
 TRUE, PREDICTED = (0, 220, 90), (255, 40, 160)  # green, magenta: safe for the colour-blind
 
 
-def outline(mask: np.ndarray) -> np.ndarray:
-    """The border of a mask [H, W], two pixels wide, open at the image's edge: bool [H, W]."""
+def outline(mask: np.ndarray, width: int = 2) -> np.ndarray:
+    """The border of a mask [H, W], `width` pixels wide, open at the image's edge: bool [H, W]."""
     mask = np.asarray(mask, bool)
-    return mask & ~np.asarray(ndimage.binary_erosion(mask, iterations=2, border_value=1), bool)
+    inside = ndimage.binary_erosion(mask, iterations=width, border_value=1)
+    return mask & ~np.asarray(inside, bool)
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
@@ -47,17 +51,55 @@ def overlay(image: np.ndarray, proba: np.ndarray, mask: np.ndarray | None = None
     return blended.round().astype(np.uint8)
 
 
-def panels(image: np.ndarray, proba: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """The tutorial's three panels side by side: image, probabilities, overlay.
+#: Sides of a panel in pixels: the shorter at least, the longer at most.
+SIDES = 256, 512
 
-    For the arguments see `overlay`.
+
+def panels(
+    image: np.ndarray,
+    prediction: np.ndarray,
+    mask: np.ndarray | None = None,
+    *,
+    threshold: float = 0.5,
+) -> Panels:
+    """Three panels, enlarged or reduced so that their sides are within `SIDES`.
+
+    Of one class: the image, the probabilities, and the image with outlines: the true one in
+    `TRUE`, wide, and on it the predicted one in `PREDICTED`. Of several classes: the image, the
+    true classes over it, and the predicted ones.
+
+    Args:
+        image: see `as_rgb`.
+        prediction: float probabilities of one class [H, W, 1]; or uint8 [H, W, 1] of class indices,
+            or [H, W, K] of overlapping classes.
+        mask: uint8 [H, W, 1 or K]; one class may go without.
+        threshold: probability above which a pixel is of the one class.
 
     Returns:
-        uint8 [H, 3 W, 3].
+        Three arrays, uint8 [height, width, 3].
     """
-    grey = (255 * np.asarray(proba, np.float32)).round().astype(np.uint8)
-    grey = np.stack([grey] * 3, axis=-1)
-    return np.concatenate([as_rgb(image), grey, overlay(image, proba, mask)], axis=1)
+    image = _scaled(as_rgb(image))
+    if prediction.dtype == np.uint8 and mask is not None:
+        each = (_scaled(flat(x)) for x in (mask, prediction))
+        return image, *(class_overlay(image, index, palette(256)[:255]) for index in each)
+    proba, outlined = _scaled(prediction[..., 0].astype(np.float32)), image.copy()
+    if mask is not None:
+        outlined[outline(_scaled(mask[..., 0] == 1), 4)] = TRUE
+    outlined[outline(proba > threshold)] = PREDICTED
+    grey = (255 * proba.clip(0, 1)).round().astype(np.uint8)
+    return image, np.stack([grey] * 3, axis=-1), outlined
+
+
+def _scaled(array: np.ndarray) -> np.ndarray:
+    """An array [H, W] or [H, W, 3] within `SIDES`: labels and bools keep their values."""
+    height, width = array.shape[:2]
+    low, high = SIDES
+    scale = min(max(1, low / min(height, width)), high / max(height, width))
+    size = max(1, round(scale * width)), max(1, round(scale * height))
+    smooth = array.ndim == 3 or array.dtype == np.float32
+    how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    picture = Image.fromarray(array.astype(np.uint8) if array.dtype == bool else array)
+    return np.asarray(picture.resize(size, how)).astype(array.dtype)
 
 
 def palette(k: int) -> np.ndarray:
@@ -99,21 +141,11 @@ def class_overlay(image: np.ndarray, index: np.ndarray, colours: np.ndarray) -> 
     return np.where(painted[..., None], (image.astype(int) + colour) // 2, image).astype(np.uint8)
 
 
-def class_panels(image: np.ndarray, index: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Three panels side by side: the image, the true classes over it, the predicted ones.
-
-    For the arguments see `class_overlay`.
-
-    Returns:
-        uint8 [H, 3 W, 3].
-    """
-    colours = palette(256)
-    overlays = [class_overlay(image, x, colours[:255]) for x in (mask, index)]
-    return np.concatenate([as_rgb(image), *overlays], axis=1)
-
-
-def legend(names: Sequence[str], width: int) -> np.ndarray:
-    """The names of classes on their colours, uint8 [H, width, 3]."""
+def legend(
+    names: Sequence[str], width: int, colours: Sequence[Sequence[int]] | None = None
+) -> np.ndarray:
+    """Names beside their colours, by default those of classes: uint8 [H, width, 3]."""
+    shades: Any = palette(256).tolist() if colours is None else colours
     font, rows = ImageFont.load_default(12), []
     x = y = 0
     for i, name in enumerate(names):
@@ -125,7 +157,7 @@ def legend(names: Sequence[str], width: int) -> np.ndarray:
     picture = Image.new("RGB", (width, y + 20), "white")
     draw = ImageDraw.Draw(picture)
     for x, y, i, name in rows:
-        draw.rectangle((x + 4, y + 4, x + 16, y + 16), tuple(palette(256)[i].tolist()), "grey")
+        draw.rectangle((x + 4, y + 4, x + 16, y + 16), tuple(shades[i]), "grey")
         draw.text((x + 20, y + 3), name, "black", font)
     return np.asarray(picture)
 
@@ -155,9 +187,37 @@ def save_confusion(path: str | os.PathLike, matrix: np.ndarray, names: Sequence[
     figure.savefig(path, dpi=120)
 
 
-def save_sheet(path: str | os.PathLike, rows: Sequence[np.ndarray]) -> None:
-    """Save images of equal shape, uint8 [H, W, 3], in one column as a PNG."""
-    Image.fromarray(np.concatenate(rows)).save(path)
+def save_sheet(
+    path: str | os.PathLike, rows: dict[str, Panels], classes: Sequence[str] = ()
+) -> None:
+    """Save rows of `panels` as a PNG, with titles over the columns and a key below.
+
+    Args:
+        path: the file.
+        rows: by its caption, the panels of each row, which may differ in size.
+        classes: names of several classes in the order of `palette`; none of one class.
+    """
+    titles, key = ("picture", "probabilities", "outlines"), ("true outline", "predicted outline")
+    if classes:
+        titles, key = ("picture", "true classes", "predicted classes"), classes
+    gap, line = 8, 22
+    widths = [max(row[i].shape[1] for row in rows.values()) for i in range(len(titles))]
+    left = np.cumsum([gap, *(width + gap for width in widths)])
+    below = legend(key, int(left[-1]), None if classes else (TRUE, PREDICTED))
+    heights = [row[0].shape[0] for row in rows.values()]
+    height = line + sum(line + height + gap for height in heights) + len(below)
+    sheet = Image.new("RGB", (int(left[-1]), height), "white")
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(14), line
+    for title, x, width in zip(titles, left, widths, strict=False):
+        draw.text((x + width / 2, 4), title, "dimgrey", font, anchor="ma")
+    for (caption, row), height in zip(rows.items(), heights, strict=True):
+        draw.text((gap, y + 2), caption, "black", font)
+        for panel, x, width in zip(row, left, widths, strict=False):
+            place = int(x) + (width - panel.shape[1]) // 2, y + line
+            sheet.paste(Image.fromarray(panel), place)
+        y += line + height + gap
+    sheet.paste(Image.fromarray(below), (0, y))
+    sheet.save(path)
 
 
 def save_curves(path: str | os.PathLike, history: Sequence[dict[str, Any]]) -> None:

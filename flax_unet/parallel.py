@@ -1,9 +1,13 @@
 """One function for many files, on all cores."""
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import TypeVar
+
+from tqdm import tqdm
 
 from flax_unet.pictures import DataError
 
@@ -11,7 +15,20 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def map_all(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
+_LABEL: ContextVar[str | None] = ContextVar("label", default=None)
+
+
+@contextlib.contextmanager
+def bar(label: str) -> Iterator[None]:
+    """Meanwhile `map_all` shows a bar with this label, on a terminal, after a second."""
+    token = _LABEL.set(label)
+    try:
+        yield
+    finally:
+        _LABEL.reset(token)
+
+
+def map_all(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
     """The results of a function, computed on all cores; errors are collected.
 
     Raises:
@@ -25,7 +42,15 @@ def map_all(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
             return None, error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pairs = list(pool.map(call, items))
+        results = tqdm(
+            pool.map(call, items),
+            desc=(label := _LABEL.get()),
+            total=len(items),
+            delay=1,
+            leave=False,
+            disable=None if label else True,  # None: only on a terminal
+        )
+        pairs = list(results)
     errors = [error for _, error in pairs if error is not None]
     if len(errors) > 1:
         shown = "\n  ".join(str(error) for error in errors[:20])

@@ -79,7 +79,7 @@ class Tiled:
             With 1/2 the network computes each pixel about 4 times.
         blend: how the weights of a window decrease from its centre, see `tiles.weights`.
         batch_size: windows at a time.
-        progress: whether to show a progress bar if it takes more than a second.
+        progress: whether to show a bar, on a terminal, if it takes more than a second.
     """
 
     model: Any
@@ -154,7 +154,11 @@ class Tiled:
             return logits_of(variables, np.stack(cuts))
 
         with tqdm(
-            total=len(windows), unit=" windows", leave=False, delay=1, disable=not self.progress
+            total=len(windows),
+            unit=" windows",
+            leave=False,
+            delay=1,
+            disable=None if self.progress else True,
         ) as bar:
             following = dispatch(parts[0])
             for i, part in enumerate(parts):

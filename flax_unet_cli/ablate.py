@@ -3,6 +3,9 @@
 Trains the recipe, and the recipe with one ingredient changed at a time, and scores the last state
 of each on the validation split. Finished training runs are reused. Intervals cover the variation
 over pictures only: each row is one training run, so the variation over seeds is not included.
+
+example:
+  flax-unet ablate --workdir runs/ablation --protocol effisegnet --image-size 96 --epochs 60
 """
 
 from dataclasses import replace
@@ -12,7 +15,7 @@ import numpy as np
 from flax_unet import metrics, runs
 from flax_unet.recipes import RECIPES, Adam, Recipe
 from flax_unet_cli import program
-from flax_unet_cli.study import open_study, settings_for, train_and_score
+from flax_unet_cli.study import UNUSED, open_study, settings_for, train_and_score
 from flax_unet_cli.train import Options
 
 STRONG = RECIPES["strong"]
@@ -49,7 +52,7 @@ def table_row(name: str, values: np.ndarray, base: np.ndarray) -> str:
 
 def run(options: Options) -> None:
     """Train what is missing, and print the table."""
-    arrays = open_study(options, "strong", unused=("recipe", "encoder", "init", "stream", "crop"))
+    arrays = open_study(options, "strong")
     settings = settings_for(options, "strong")
     rows: dict[str, Recipe] = {
         name: runs.configure(recipe, settings) for name, recipe in ROWS.items()
@@ -67,4 +70,4 @@ def run(options: Options) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    return program.main(Options, run, __doc__, args)
+    return program.main(Options, run, __doc__, args, unused=(*UNUSED, "encoder"))

@@ -4,6 +4,9 @@ Trains `strong` and `pretrained` on fractions of the training pictures, each tim
 (rounded up to entire epochs) as `--epochs` takes with all of them, scores the last state on the
 validation split, and draws data-efficiency.png. Finished training runs are reused. A bar is the
 95 % interval over the validation pictures, for one training run and one choice of pictures.
+
+example:
+  flax-unet data-efficiency --workdir runs/subsets --protocol effisegnet --image-size 96
 """
 
 from dataclasses import replace
@@ -13,7 +16,7 @@ import numpy as np
 
 from flax_unet import data, metrics, runs
 from flax_unet_cli import program
-from flax_unet_cli.study import open_study, settings_for, train_and_score
+from flax_unet_cli.study import UNUSED, open_study, settings_for, train_and_score
 from flax_unet_cli.train import Options
 
 RECIPES = ("strong", "pretrained")
@@ -63,7 +66,7 @@ def save_picture(file: Path, results: dict[str, dict[int, np.ndarray]]) -> None:
 
 def run(options: Options) -> None:
     """Train what is missing, print the table, draw the picture."""
-    arrays = open_study(options, *RECIPES, unused=("recipe", "init", "stream", "crop"))
+    arrays = open_study(options, *RECIPES)
     workdir = options.places.workdir
     results = {
         name: dice_by_images(workdir, settings_for(options, name), arrays) for name in RECIPES
@@ -79,4 +82,4 @@ def run(options: Options) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    return program.main(Options, run, __doc__, args)
+    return program.main(Options, run, __doc__, args, unused=UNUSED)

@@ -1,10 +1,15 @@
-"""Score a run's model: `flax-unet evaluate --workdir runs/`.
+"""Score a model on a split of its data set, or on the pictures in two folders.
 
-On a split of the run's data set, or on the pictures in two folders. Writes evaluation-WHAT.json,
-pictures of the best, median and worst prediction, and a reliability diagram.
+Writes evaluation-WHAT.json, a report as report-WHAT.html, pictures of the best, median and worst
+prediction, and a reliability diagram.
+
+examples:
+  flax-unet evaluate --workdir runs/mine --split validation
+  flax-unet evaluate --model strong --images my/images --masks my/masks --out scores/
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,25 +19,30 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from flax_unet import data, draw, formats, images, metrics, runs
+from flax_unet import data, draw, formats, images, metrics, runs, zoo
+from flax_unet.draw import Panels
 from flax_unet.evaluate import RATIOS, Scores, cost, report, score
 from flax_unet.folders import MaskFiles
 from flax_unet.formats import MaskFormat
-from flax_unet.pictures import DataError
+from flax_unet.pictures import DataError, resize_image, resize_mask
 from flax_unet.report import report_html
 from flax_unet_cli import program
+from flax_unet_cli.model_path import ModelPath
 from flax_unet_cli.sources import MaskFlags, RangeFlags, declared, open_sources, protocol, split_of
 
 #: Tolerance of the surface Dice, in percent of the picture's diagonal.
 TOLERANCE = 1.0
+#: The predictions that are shown.
+WORDS = "best", "median", "worst"
 
 
 @dataclass(frozen=True)
 class Options:
     """Flags of evaluate."""
 
-    workdir: Annotated[Path, tyro.conf.arg(aliases=["--model"])]
-    """Workdir of the run, or folder of an exported model."""
+    workdir: Annotated[ModelPath, tyro.conf.arg(aliases=["--model"])]
+    """Workdir of the run, folder of an exported model, or the name of a shipped one: pretrained or
+    strong."""
     out: Path | None = None
     """Folder for the report; by default the workdir."""
     split: Literal["train", "validation", "test"] = "test"
@@ -49,8 +59,8 @@ class Options:
     """End of the masks' names that the images' names lack."""
     mask_files: MaskFiles | None = None
     """One mask file per picture, class or instance; by default as in training."""
-    meaning: MaskFlags = MaskFlags()
-    ranges: RangeFlags = RangeFlags()
+    meaning: Annotated[MaskFlags, tyro.conf.arg(name="masks")] = MaskFlags()
+    ranges: Annotated[RangeFlags, tyro.conf.arg(name="pictures")] = RangeFlags()
     kvasir_zip: Path | None = None
     """The Kvasir-SEG archive, if it was moved."""
     data_dir: Path | None = None
@@ -63,6 +73,8 @@ class Options:
     place of resizing them; by default if the model was trained on crops, of their size."""
     threshold: float = 0.5
     """Probability above which a pixel is of a class (one class or overlapping ones)."""
+    quiet: bool = False
+    """Print warnings and errors only."""
 
 
 def open_split(
@@ -191,6 +203,8 @@ def run(options: Options) -> None:
     """Score, print a table, write evaluation-WHAT.json and pictures."""
     on_validation = options.images is None and options.split == "validation"
     which = options.checkpoint or ("latest" if on_validation else "best")
+    if options.out is None and options.workdir == zoo.shipped(options.workdir.name):
+        raise ValueError("the folder of a shipped model is not for reports: add --out FOLDER")
     out = options.out or options.workdir
     runs.check_writable(out)
     trained = runs.load_model(options.workdir, which)
@@ -200,7 +214,8 @@ def run(options: Options) -> None:
     n, batches = len(source), []
     mask_format = format_of(options, trained, source)
     image_format = options.ranges.apply(trained.image_format)
-    with tqdm(total=n, unit=" pictures", leave=False) as bar:
+    print(f"predicting {n} pictures, after compiling", flush=True)
+    with tqdm(total=n, unit=" pictures", leave=False, disable=None) as bar:
         for batch in score(
             model,
             trained.variables,
@@ -239,14 +254,11 @@ def run(options: Options) -> None:
     if trained.checkpoint == "best" and on_validation:
         print("note: the best checkpoint was chosen on these very images")
     if options.images is None and trained.fingerprints.get(what) != fingerprint:
-        print("warning: these are not the pictures that the run was started with")
-    show(content)
+        print("warning: these are not the pictures that the run was started with", file=sys.stderr)
     dice = metrics.dice(counts).mean(-1)
     order = np.argsort(-dice, kind="stable")
     chosen = [int(order[i]) for i in (0, n // 2, -1)]
     shown = [f"{scores['own_size']['images'][i]['name']} (Dice {dice[i]:.3f})" for i in chosen]
-    print("  best, median, worst: " + ", ".join(shown))
-
     stem = f"evaluation-{what}" + ("" if trained.checkpoint == "best" else f"-{trained.checkpoint}")
     stem += "-flips" if options.flips else ""
     if options.window is not None:
@@ -255,29 +267,33 @@ def run(options: Options) -> None:
     stem += "-ranged" if image_format != trained.image_format else ""
     out.mkdir(parents=True, exist_ok=True)
     runs.write_atomically(out / f"{stem}.json", json.dumps(content, indent=2) + "\n")
-    sheet, written = [panels(batches, i) for i in chosen], ".png and -reliability.png"
+    captions = [f"{word}: {each}" for word, each in zip(WORDS, shown, strict=True)]
+    how: dict[str, Any] = {"mask_format": mask_format, "image_format": image_format}
+    how["threshold"] = options.threshold
+    sheet = {c: panels(batches, source, i, **how) for c, i in zip(captions, chosen, strict=True)}
+    classes, written = (), ".png and -reliability.png"
     if trained.model.num_classes > 1:
-        sheet.append(draw.legend(mask_format.names, sheet[0].shape[1]))
+        classes = mask_format.names
     if trained.model.num_classes > 1 and not mask_format.overlapping:
         matrix = np.array(scores["own_size"]["confusion_matrix"])
         draw.save_confusion(out / f"{stem}-confusion.png", matrix, names)
         written = ".png, -confusion.png and -reliability.png"
-    draw.save_sheet(out / f"{stem}.png", sheet)
+    draw.save_sheet(out / f"{stem}.png", sheet, classes)
     draw.save_reliability(out / f"{stem}-reliability.png", reliability)
     page = report_html(
         title=f"{settings.recipe} on {content['dataset']}, {what}",
         config=trained.config,
         history=read_lines(options.workdir / "metrics.jsonl"),
         evaluation=content,
-        pictures={
-            f"{name}: {words}": panels(batches, i)
-            for name, words, i in zip(("best", "median", "worst"), shown, chosen, strict=True)
-        },
+        pictures={caption: np.concatenate(row, axis=1) for caption, row in sheet.items()},
         reliability=reliability,
     )
     report_file = out / f"{stem.replace('evaluation', 'report', 1)}.html"
     runs.write_atomically(report_file, page)
+    show(content)
+    print("  best, median, worst: " + ", ".join(shown))
     print(f"written: {out / stem}.json, {written}")
+    print(f"the pictures: {(out / stem).as_uri()}.png")
     print(f"the report: {report_file.as_uri()}")
 
 
@@ -288,13 +304,23 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [line for line in map(runs.parse_line, lines) if needed <= line.keys()]
 
 
-def panels(batches: list[Scores], i: int) -> np.ndarray:
-    """The panels of picture i."""
+def panels(
+    batches: list[Scores],
+    source: Sequence[dict[str, Any]],
+    i: int,
+    *,
+    threshold: float,
+    **read: Any,
+) -> Panels:
+    """The panels of picture i, from the picture and its mask at their own size."""
     batch, row = batches[i // (size := len(batches[0].name))], i % size
-    if batch.prediction.dtype == np.uint8:
-        flat = draw.flat(batch.prediction[row]), draw.flat(batch.mask[row])
-        return draw.class_panels(batch.image[row], *flat)
-    return draw.panels(batch.image[row], batch.prediction[row, ..., 0], batch.mask[row, ..., 0])
+    image, mask = data.decode_pair(source[i], **read)
+    prediction = batch.prediction[row]
+    if prediction.dtype == np.uint8:
+        prediction = resize_mask(prediction, mask.shape[:2])
+    else:
+        prediction = resize_image(prediction.astype(np.float32), mask.shape[:2])
+    return draw.panels(image, prediction, mask, threshold=threshold)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -3,6 +3,10 @@
 predict, evaluate and train --init take such a folder wherever they take a workdir. For programs
 without JAX there are --onnx FILE and --safetensors, for jax alone --stablehlo FILE; also of a model
 that was exported as a folder.
+
+examples:
+  flax-unet export --workdir runs/mine --out models/mine
+  flax-unet export --model strong --onnx strong.onnx
 """
 
 import copy
@@ -16,14 +20,16 @@ import tyro
 from flax_unet import images, onnx_file, pack, runs, safetensors_file, stablehlo_file
 from flax_unet.formats import BINARY
 from flax_unet_cli import program
+from flax_unet_cli.model_path import ModelPath
 
 
 @dataclass(frozen=True)
 class Options:
     """Write the network, its parameters and its origin, in one form or in several."""
 
-    workdir: Annotated[Path, tyro.conf.arg(aliases=["--model"])]
-    """Workdir of the run, or folder of an exported model."""
+    workdir: Annotated[ModelPath, tyro.conf.arg(aliases=["--model"])]
+    """Workdir of the run, folder of an exported model, or the name of a shipped one: pretrained or
+    strong."""
     out: Path | None = None
     """Folder to create, with model.json and weights.npz."""
     safetensors: bool = False

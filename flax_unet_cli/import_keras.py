@@ -2,6 +2,9 @@
 
 The file is the tutorial's network as Keras saved it: .keras, .weights.h5 or .h5. predict, evaluate
 and train --init take the folder that is written.
+
+example:
+  flax-unet import-keras unet.keras --out models/mine
 """
 
 from dataclasses import dataclass

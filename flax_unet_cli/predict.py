@@ -1,4 +1,8 @@
-"""Segment pictures and videos: `flax-unet predict --workdir runs/ --out OUT INPUT...`.
+"""Segment pictures and videos.
+
+examples:
+  flax-unet predict --model pretrained --out masks/ pictures/
+  flax-unet predict --workdir runs/mine --out masks/ --objects --save mask outline -- a.png b.tif
 
 Writes for each picture NAME-mask.png and NAME-overlay.png at its own size, and a row of
 predictions.csv. A mask has 0 and 255, or the indices of the classes with a palette; of overlapping
@@ -29,6 +33,7 @@ from flax_unet.formats import BINARY
 from flax_unet.images import ImageFormat
 from flax_unet.pictures import DataError
 from flax_unet_cli import program, results
+from flax_unet_cli.model_path import ModelPath
 from flax_unet_cli.results import Table, Task
 from flax_unet_cli.sources import RangeFlags
 
@@ -39,9 +44,12 @@ Kind = Literal["mask", "overlay", "outline", "probabilities", "probabilities-npy
 class Options:
     """Flags of predict."""
 
-    workdir: Annotated[Path, tyro.conf.arg(aliases=["--model"])]
-    """Workdir of the run whose model is used, or folder of an exported model."""
-    inputs: tyro.conf.Positional[tuple[Path, ...]]
+    workdir: Annotated[ModelPath, tyro.conf.arg(aliases=["--model"])]
+    """Workdir of the run whose model is used, folder of an exported model, or the name of a shipped
+    one: pretrained or strong."""
+    inputs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(help_behavior_hint="(required)")
+    ]
     """Pictures, videos, and folders of them, which are searched with their subfolders."""
     out: Path = Path("predictions")
     """Folder for the results."""
@@ -61,7 +69,9 @@ class Options:
     """best by validation Dice."""
     threshold: float = 0.5
     """Probability above which a pixel is in the mask (of one class, or of overlapping classes)."""
-    ranges: RangeFlags = RangeFlags()
+    quiet: bool = False
+    """Print warnings and errors only."""
+    ranges: Annotated[RangeFlags, tyro.conf.arg(name="pictures")] = RangeFlags()
     flips: bool = False
     """Average the prediction over the 4 flips of each image, at 4 times the work; over the 2 flips
     left to right for a model trained with --upright."""
@@ -179,6 +189,7 @@ def run(options: Options) -> int:
     if videos:
         video.ffmpeg()  # whether it is installed
     options.out.mkdir(parents=True, exist_ok=True)
+    print(f"segmenting {len(plan.tasks)} pictures and videos, after compiling", flush=True)
     start = time.perf_counter()
     with ExitStack() as stack:
         table, *others = (
@@ -224,7 +235,7 @@ def _segment_all(plan: results.Plan, context: Context, table: Table) -> list[str
 
     for error in plan.unreadable:
         skip(error.filename, error)
-    for task in tqdm(plan.tasks, unit=" pictures", leave=False):
+    for task in tqdm(plan.tasks, unit=" pictures", leave=False, disable=None):
         start, row = time.perf_counter(), []
         try:
             (context.options.out / task.name).parent.mkdir(parents=True, exist_ok=True)
@@ -407,7 +418,7 @@ def _video(task: Task, context: Context) -> list[Any]:
         }
         table = stack.enter_context(Table(own, columns, overwrite))
         frames = stack.enter_context(closing(video.frames(clip)))
-        frames = tqdm(frames, total=clip.frames, unit=" frames", leave=False)
+        frames = tqdm(frames, total=clip.frames, unit=" frames", leave=False, disable=None)
         stack.callback(frames.close)
         start = time.perf_counter()
         for i, frame in enumerate(frames):

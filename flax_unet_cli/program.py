@@ -1,22 +1,27 @@
-"""What all programs share: flags, the compilation cache, errors."""
+"""What all programs share: flags, what they say, the compilation cache, errors."""
 
+import contextlib
 import glob
 import hashlib
 import logging
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import jax
 import tyro
 from PIL import Image
+
+from flax_unet import parallel
 
 T = TypeVar("T")
 
@@ -26,30 +31,112 @@ def main(
     run: Callable[[T], int | None],
     description: str | None,
     args: list[str] | None,
+    *,
+    unused: Collection[str] = (),
 ) -> int:
     """Run a program with its command line; return its exit code.
 
     Args:
-        options: a dataclass whose fields are the flags; fields that are dataclasses add theirs.
+        options: a dataclass whose fields are the flags; fields that are dataclasses add theirs. If
+            it has a `quiet` that is set, only warnings and errors are printed.
         run: returns the exit code, or None for 0.
         description: for --help.
         args: the command line; by default that of the process.
+        unused: fields that are no flags of this program and keep their defaults.
     """
-    config = (tyro.conf.OmitArgPrefixes,)
-    flags = tyro.cli(options, description=description, args=args, config=config)
+    config = tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff
+    registry = _flags(unused)
+    flags = tyro.cli(options, description=description, args=args, config=config, registry=registry)
     keep_compiled()
     # Orbax and its threads log the pages of their errors; ours say in a line what they mean.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _leave_out_closed_loops
     try:
-        return run(_absolute(flags)) or 0
+        with _quiet() if getattr(flags, "quiet", False) else contextlib.nullcontext():
+            return run(_absolute(flags)) or 0
     except KeyboardInterrupt:
         print("interrupted")
         return 128 + signal.SIGINT
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _flags(unused: Collection[str]) -> tyro.constructors.ConstructorRegistry:
+    """How dataclasses become flags: without the unused ones, and without "(default: None)"."""
+    registry, asked = tyro.constructors.ConstructorRegistry(), []
+
+    @registry.struct_rule
+    def _(info: tyro.constructors.StructTypeInfo):
+        if asked or not is_dataclass(info.type):
+            return None
+        asked.append(info)  # so that this rule does not answer its own question
+        spec: Any = tyro.constructors.ConstructorRegistry.get_struct_spec(info)
+        asked.pop()
+        no_hint = tyro.conf.arg(help_behavior_hint="")
+        fields = (
+            replace(field, type=Annotated[field.type, no_hint])
+            if field.default in (None, False, "", ())
+            else field
+            for field in spec.fields
+            if field.name not in unused
+        )
+        return replace(spec, fields=tuple(fields))
+
+    return registry
+
+
+class _NoTerminal:
+    """A stream that says that it is no terminal, so that no bar is shown on it."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Print nothing but what goes to stderr, and no bars."""
+    with (
+        open(os.devnull, "w") as nothing,
+        contextlib.redirect_stdout(nothing),
+        contextlib.redirect_stderr(cast(Any, _NoTerminal(sys.stderr))),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def task(text: str) -> Iterator[None]:
+    """Say what is done before it is done, and how long it took if that was over 2 seconds.
+
+    A loop over pictures in it has a bar on a terminal.
+    """
+    print(text, flush=True)
+    start = time.monotonic()
+    with parallel.bar(text):
+        yield
+    if (seconds := time.monotonic() - start) > 2:
+        print(f"  took {seconds:.0f} s", flush=True)
+
+
+def command(program: str, *words: str | Path) -> str:
+    """The command line of another program, as this one was started, with relative paths."""
+    this = Path(sys.argv[0])
+    start = f"flax-unet {program}"
+    if this.suffix == ".py" and this.name != "__main__.py":
+        start = f"python {shlex.quote(str(this.with_name(program + '.py')))}"
+    here = Path.cwd()
+    texts = (
+        os.path.relpath(word) if isinstance(word, Path) and word.is_relative_to(here) else str(word)
+        for word in words
+    )
+    return " ".join([start, *map(shlex.quote, texts)])
 
 
 def _leave_out_closed_loops(unraisable: Any) -> None:

@@ -2,6 +2,9 @@
 
 Drop a picture on the page: it shows the probabilities and the mask over the picture, and its area.
 The threshold is changed by hand, and the mask downloaded as `flax-unet predict` would write it.
+
+example:
+  flax-unet serve --model pretrained
 """
 
 import asyncio
@@ -11,6 +14,7 @@ import io
 import json
 import re
 import socket
+import sys
 import time
 import zlib
 from collections.abc import Mapping
@@ -29,6 +33,7 @@ from flax_unet import classes, draw, images, pictures, predict, runs
 from flax_unet.formats import BINARY
 from flax_unet.pictures import DataError
 from flax_unet_cli import program
+from flax_unet_cli.model_path import ModelPath
 from flax_unet_cli.sources import RangeFlags
 
 if TYPE_CHECKING:  # the extra `serve`
@@ -52,8 +57,9 @@ ROWS = 256
 class Options:
     """Flags of serve."""
 
-    workdir: Annotated[Path, tyro.conf.arg(aliases=["--model"])]
-    """Workdir of the run whose model is used, or folder of an exported model."""
+    workdir: Annotated[ModelPath, tyro.conf.arg(aliases=["--model"])]
+    """Workdir of the run whose model is used, folder of an exported model, or the name of a shipped
+    one: pretrained or strong."""
     checkpoint: Literal["best", "latest"] = "best"
     """best by validation Dice."""
     host: str = "127.0.0.1"
@@ -61,7 +67,7 @@ class Options:
     without a password; 0.0.0.0 is all addresses of this machine."""
     port: int = 8000
     """Port to listen on; 0 is any free one."""
-    ranges: RangeFlags = RangeFlags()
+    ranges: Annotated[RangeFlags, tyro.conf.arg(name="pictures")] = RangeFlags()
     flips: bool = False
     """Average the prediction over the 4 flips of each image, at 4 times the work; over the 2 flips
     left to right for a model trained with --upright."""
@@ -437,6 +443,7 @@ def run(options: Options) -> None:
         model, _ = trained.predictor(flips=options.flips)
         trained = trained._replace(model=model)
         # Compile now, so that the first picture does not wait for it.
+        print("compiling", flush=True)
         shape = *trained.settings.size, trained.image_format.channels
         probabilities(trained, np.zeros(shape, np.uint8 if trained.image_format.raw else "f4"))
         host, port = listening.getsockname()[:2]
@@ -450,7 +457,8 @@ def run(options: Options) -> None:
         if not _is_loopback(host):
             print(
                 "warning: everyone who reaches this machine over the network can use the page; "
-                "nothing is encrypted"
+                "nothing is encrypted",
+                file=sys.stderr,
             )
         name = _this_machine() if ip_address(host).is_unspecified else options.host
         link = f"http://{f'[{name}]' if ':' in name else name}:{port}/"

@@ -9,7 +9,7 @@ from flax_unet.formats import BINARY, MaskFormat, find
 from flax_unet.images import ImageFormat
 from flax_unet.pictures import DataError
 from flax_unet.runs import Places, Settings
-from flax_unet_cli.program import cache_folder
+from flax_unet_cli.program import cache_folder, task
 
 #: Prefix of a data set of TFDS.
 TFDS = "tfds:"
@@ -144,7 +144,9 @@ def image_format_of(settings: Settings, sources: Sources, flags: ImageFlags) -> 
     Raises:
         DataError: the pictures do not agree, or the flags contradict each other.
     """
-    return images.find(split_of(settings, sources, "train"), **vars(flags))
+    source = split_of(settings, sources, "train")
+    with task(f"looking at {len(source)} training pictures"):
+        return images.find(source, **vars(flags))
 
 
 def mask_format_of(settings: Settings, sources: Sources, flags: MaskFlags) -> MaskFormat:
@@ -160,7 +162,10 @@ def mask_format_of(settings: Settings, sources: Sources, flags: MaskFlags) -> Ma
     classes = () if settings.dataset == "folder" else source.classes
     if classes and replace(flags, ignore=()) == MaskFlags():
         return find(names=classes, ignore=sorted({*source.ignore, *flags.ignore}))
-    return BINARY if ours else declared(flags, *sources.values())
+    if ours:
+        return BINARY
+    with task(f"looking at {sum(map(len, sources.values()))} masks"):
+        return declared(flags, *sources.values())
 
 
 def declared(flags: MaskFlags, *sources: Sequence[dict[str, Any]]) -> MaskFormat:
@@ -217,11 +222,12 @@ def load_split(
         ValueError: as `split_of`, or a picture is unusable.
     """
     source = split_of(settings, sources, split)
-    return data.load(
-        source,
-        settings.size,
-        mask_format,
-        image_format,
-        cache=cache_folder(),
-        pictures=pictures,
-    )
+    with task(f"loading {len(source)} pictures of {split}"):
+        return data.load(
+            source,
+            settings.size,
+            mask_format,
+            image_format,
+            cache=cache_folder(),
+            pictures=pictures,
+        )

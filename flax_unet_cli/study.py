@@ -19,19 +19,29 @@ from flax_unet.recipes import Recipe
 from flax_unet_cli.sources import image_format_of, load_split, mask_format_of, open_sources
 from flax_unet_cli.train import Options
 
+#: Flags of train that the studies have no use for: they compare networks for one class, in runs
+#: that are short and are repeated if they are interrupted.
+UNUSED = (
+    "recipe",
+    "init",
+    "stream",
+    "crop",
+    "class_weights",
+    "classes",
+    "overlapping",
+    "mask_files",
+    "dry_run",
+    "quiet",
+)
 
-def open_study(options: Options, *recipes: str, unused: tuple[str, ...]) -> dict[str, data.Arrays]:
+
+def open_study(options: Options, *recipes: str) -> dict[str, data.Arrays]:
     """The training and the validation split.
 
     Raises:
-        ValueError: the settings do not fit one of the recipes, a flag in `unused` was set, or the
-            data is unusable.
+        ValueError: the settings do not fit one of the recipes, or the data is unusable.
         ModuleNotFoundError: the encoder's weights are not installed.
     """
-    given = vars(options.places) | vars(options.settings)
-    default = vars(runs.Places(options.places.workdir)) | vars(runs.Settings())
-    if ignored := [flag for flag in unused if given[flag] != default[flag]]:
-        raise ValueError(f"--{ignored[0]} is not used by this program: leave it out")
     for name in recipes:
         recipe = runs.recipe_of(settings_for(options, name))
         if recipe.imagenet and recipe.model.encoder is not None:
@@ -39,7 +49,7 @@ def open_study(options: Options, *recipes: str, unused: tuple[str, ...]) -> dict
     sources = open_sources(options.settings, options.places, options.masks.classes)
     mask_format = mask_format_of(options.settings, sources, options.masks)
     if mask_format.channels > 1:
-        raise ValueError("this program compares networks for one class: --classes has more")
+        raise ValueError("this program compares networks for one class: the masks have more")
     image_format = image_format_of(options.settings, sources, options.channels)
     return {
         split: load_split(options.settings, sources, split, mask_format, image_format)

@@ -1,9 +1,18 @@
-"""Train a U-Net, or resume the run in the workdir: `flax-unet train --workdir runs/`."""
+"""Train a U-Net, or resume the run in the workdir.
+
+examples:
+  flax-unet train --workdir runs/mine --dataset folder --images my/images --masks my/masks
+  flax-unet train --workdir runs/polyps --recipe pretrained --protocol effisegnet --image-size 128
+  flax-unet train --workdir runs/demo --dataset synthetic_polyps --image-size 64 --epochs 12
+"""
 
 import contextlib
 import errno
 import json
 import signal
+import statistics
+import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,10 +20,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 from flax_unet import checkpoint, crops, data, draw, images, runs, summary
@@ -44,18 +54,18 @@ from flax_unet_cli.sources import (
 class Options:
     """Flags of train, and of the studies."""
 
-    places: runs.Places
-    settings: runs.Settings = runs.Settings()
+    places: Annotated[runs.Places, tyro.conf.arg(name="data")]
+    settings: Annotated[runs.Settings, tyro.conf.arg(name="training")] = runs.Settings()
     masks: MaskFlags = MaskFlags()
-    channels: ImageFlags = ImageFlags()
+    channels: Annotated[ImageFlags, tyro.conf.arg(name="pictures")] = ImageFlags()
     dry_run: bool = False
     """Stop after the summary of the data."""
+    quiet: bool = False
+    """Print warnings and errors only."""
 
 
-#: Printed before the pictures are opened, because the default command takes hours.
-SLOW = """\
-note: recipe unet takes about 4 minutes per epoch of Kvasir-SEG at 256x256 on 2 CPU cores;
-      --recipe pretrained (pip install 'flax-unet[pretrained]') is quicker and better"""
+#: Seconds of an epoch of recipe `unet` on Kvasir-SEG at 256x256 on 2 CPU cores: docs/results.md.
+SLOW = 260
 
 #: Seconds between two drawings of the curves: one takes longer than a short epoch on a GPU.
 CURVES_EVERY = 10.0
@@ -73,16 +83,21 @@ def run(options: Options) -> int:
     runs.recipe_of(settings)  # settings that do not fit are refused before anything else
     checkpoint.check_folder(workdir)
     runs.check_writable(workdir)
-    if (settings.dataset, settings.recipe) == ("kvasir_seg", "unet"):
-        print(SLOW, flush=True)
+    if (settings.dataset, settings.recipe, settings.size) == ("kvasir_seg", "unet", (256, 256)):
+        hours = settings.epochs * SLOW / 3600
+        print(
+            f"note: {settings.epochs} epochs of recipe unet take {hours:.1f} hours on 2 CPU cores; "
+            "--recipe pretrained\n(pip install 'flax-unet[pretrained]') is quicker and better",
+            flush=True,
+        )
     recorded = None
     if checkpoint.exists(workdir / "checkpoints"):  # a run keeps what it found out about its data
         with contextlib.suppress(OSError, ValueError):
             content = runs.recorded_config(workdir)
             places = replace(places, split_by=content["places"]["split_by"])
             recorded = images.from_json(content["images"])
-    print(f"{settings.dataset}: opening the pictures; the first time takes a minute", flush=True)
-    sources = open_sources(settings, places, options.masks.classes)
+    with program.task(f"opening {settings.dataset}; the first time takes a minute"):
+        sources = open_sources(settings, places, options.masks.classes)
     known = options.channels == ImageFlags() and recorded
     image_format = known or image_format_of(settings, sources, options.channels)
     mask_format = mask_format_of(settings, sources, options.masks)
@@ -109,7 +124,7 @@ def run(options: Options) -> int:
     ):
         content, changes = runs.check_workdir(workdir, content)
         if changes:
-            print(f"warning: resuming with other versions, device or places: {changes}")
+            warn(f"resuming with other versions, device or places: {changes}")
         if checkpoints.latest_step() is not None:
             abstract = runs.abstract_state(training, image_format.channels)
             checkpoint.set_aside_damaged(checkpoints, abstract)
@@ -135,7 +150,20 @@ def run(options: Options) -> int:
         name = signal.Signals(stop[0]).name
         print(f"{name}: the state is saved; run the same command again to resume")
         return 128 + stop[0]
+    print("next:")
+    out = workdir.parent / f"{workdir.name}-model"
+    words = {
+        "evaluate": (),
+        "predict": ("--out", "predictions/", "PICTURES"),
+        "export": ("--out", out),
+    }
+    for name, rest in words.items():
+        print(f"  {program.command(name, '--workdir', workdir, *rest)}")
     return 0
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class Pictures(NamedTuple):
@@ -213,12 +241,14 @@ def load_crops(
         check_grain()
         batches = partial(crops.stream, source, cut, settings.batch_size, **formats)
     else:
-        resident = crops.load(source, **formats, padding=frame[1], pictures=seen["train"])
+        with program.task(f"loading {len(source)} pictures of train"):
+            resident = crops.load(source, **formats, padding=frame[1], pictures=seen["train"])
         batches, arrays = (
             partial(crops.batches, resident, cut, settings.batch_size),
             resident.arrays,
         )
-    tiles = crops.whole(validation, settings.size, **formats, pictures=seen["validation"])
+    with program.task(f"loading {len(validation)} pictures of validation"):
+        tiles = crops.whole(validation, settings.size, **formats, pictures=seen["validation"])
     return Pictures(len(cut), batches, arrays, tiles, seen)
 
 
@@ -295,7 +325,7 @@ def summarise_data(sources: Sources, pictures: Pictures, mask_format: MaskFormat
                 doubles.append(f"{names[0]} ({split}) and {names[1]} ({other})")
     if doubles:
         shown = "; ".join(sorted(doubles)[:3])
-        print(f"warning: {len(doubles)} pictures are the same in two splits: {shown}")
+        warn(f"{len(doubles)} pictures are the same in two splits: {shown}")
     left_out = len(getattr(sources["train"], "left_out", ()))
     return content | {
         "others": others,
@@ -330,6 +360,10 @@ def train(
         print(f"all {first} epochs are done" + ("" if fixed else "; ask for more with --epochs"))
     resident = data.to_device(validation)
     due = 0.0  # when to draw the curves again
+    # Of crops and of several classes a picture may lack some: the pooled Dice has no empty case.
+    per_image = training.model.num_classes == 1 and settings.crop is None
+    chosen = "dice_per_image" if per_image else "dice_pooled"
+    ends = [time.monotonic()]  # of epochs
     if first < settings.epochs:
         print("compiling; the first time takes up to a minute", flush=True)
         compile_evaluation(training, state.variables, resident, settings.batch_size)
@@ -341,10 +375,13 @@ def train(
         unit=" images",
         leave=False,
         dynamic_ncols=True,
-        disable=first >= settings.epochs,
+        disable=True if first >= settings.epochs else None,
     )
 
     def on_step(images: int, record: dict[str, Any]) -> None:
+        if not interrupt.unsaved.is_set():
+            bar.clear()
+            print(f"compiled in {time.monotonic() - ends[0]:.0f} s", flush=True)
         interrupt.unsaved.set()
         bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         bar.update(images)
@@ -390,15 +427,15 @@ def train(
             with (workdir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
                 runs.sync(file)
-            report(line, settings.epochs)
+            ends.append(time.monotonic())
+            print(epoch_line(history, chosen, settings.epochs, ends), flush=True)
             if stop or epoch.number == settings.epochs or time.monotonic() > due:
                 draw.save_curves(workdir / "curves.png", history)
                 due = time.monotonic() + CURVES_EVERY
             if epoch.number % max(1, settings.epochs // 10) == 0 or epoch.number == settings.epochs:
                 file = workdir / "samples" / f"epoch-{epoch.number:04d}.png"
                 save_samples(file, training.model, epoch.state.variables, validation)
-            per_image = training.model.num_classes == 1 and settings.crop is None
-            save(epoch.state, [], scores["dice_per_image" if per_image else "dice_pooled"])
+            save(epoch.state, [], scores[chosen])
             if events is not None:
                 try:
                     events(line)
@@ -439,15 +476,11 @@ def save_samples(file: Path, model: Any, variables: Any, arrays: data.Arrays) ->
     """Draw the first four images with their predictions."""
     images, masks = np.asarray(arrays.image[:4]), np.asarray(arrays.mask[:4])
     proba = np.asarray(predict_proba(model, variables, images))
-    if model.num_classes == 1:
-        rows = zip(images, proba[..., 0], masks[..., 0], strict=True)
-        sheet = [draw.panels(*row) for row in rows]
-    else:
-        index = decide(proba, overlapping=model.overlapping)
-        rows = zip(images, map(draw.flat, index), map(draw.flat, masks), strict=True)
-        sheet = [draw.class_panels(*row) for row in rows]
-        sheet.append(draw.legend(arrays.mask_format.names, sheet[0].shape[1]))
-    draw.save_sheet(file, sheet)
+    prediction = proba
+    if model.num_classes > 1:
+        prediction = decide(proba, overlapping=model.overlapping)
+    rows = dict(zip(arrays.name[:4], map(draw.panels, images, prediction, masks), strict=True))
+    draw.save_sheet(file, rows, arrays.mask_format.names if model.num_classes > 1 else ())
 
 
 @contextlib.contextmanager
@@ -485,24 +518,33 @@ def event_writer(workdir: Path, step: int) -> Iterator[Callable[[dict[str, Any]]
             writer.close()
 
 
-def report(line: dict[str, Any], epochs: int) -> None:
-    """Print an epoch's metrics, the tutorial's first."""
-    names = {
-        "loss": "loss",
-        "accuracy": "accuracy",
-        "iou_coef": "iou_coef",
-        "dice_per_image": "dice",
-        "iou_per_image": "iou",
-    }
-    values = [
-        f"{prefix}{short} {line[prefix + name]:.4f}"
-        for prefix in ("", "val_")
-        for name, short in names.items()
-    ]
-    seconds = f"{line['seconds']:.0f} s"
-    print(f"epoch {line['epoch']}/{epochs}", *values, seconds, sep="  ", flush=True)
+def epoch_line(history: list[dict[str, Any]], chosen: str, epochs: int, ends: list[float]) -> str:
+    """An epoch in less than 100 columns; metrics.jsonl has the rest.
+
+    Args:
+        history: the lines of metrics.jsonl.
+        chosen: the metric by which the best checkpoint is chosen.
+        epochs: of the whole run.
+        ends: when training and each of its epochs ended, in seconds; the first epoch compiles.
+    """
+    line, dice = history[-1], [each[f"val_{chosen}"] for each in history]
+    seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    left = (epochs - line["epoch"]) * statistics.median(seconds[1:] or seconds)
+    remaining = f", {tqdm.format_interval(left)} left" if left else ""
+    best = " (best)" if dice[-1] == max(dice) else ""
+    texts = (
+        f"epoch {line['epoch']}/{epochs}",
+        f"val dice {dice[-1]:.4f}{best}",
+        f"loss {line['loss']:.4f}",
+        f"val loss {line['val_loss']:.4f}",
+        tqdm.format_interval(seconds[-1]) + remaining,
+    )
+    return "  ".join(texts)
 
 
 def main(args: list[str] | None = None) -> int:
-    listed = "\n\n".join(f"{name}: {recipe.about}" for name, recipe in RECIPES.items())
-    return program.main(Options, run, f"{__doc__}\n\nRecipes:\n\n{listed}", args)
+    listed = "\n".join(
+        textwrap.fill(f"{name}: {recipe.about}", 80, initial_indent="  ", subsequent_indent="    ")
+        for name, recipe in RECIPES.items()
+    )
+    return program.main(Options, run, f"{__doc__}\nrecipes:\n{listed}", args)

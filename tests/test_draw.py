@@ -49,21 +49,56 @@ def test_the_outline_is_two_pixels_wide_inside_the_mask_and_open_at_the_border()
     np.testing.assert_array_equal((over == draw.TRUE).all(-1), expected)
 
 
-def test_panels_are_image_probabilities_and_overlay():
-    image = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)
-    proba = np.linspace(0, 1, 30).reshape(6, 5)
-    sheet = draw.panels(image, proba)
-    assert sheet.shape == (6, 15, 3) and sheet.dtype == np.uint8
-    np.testing.assert_array_equal(sheet[:, :5], image)
-    np.testing.assert_array_equal(sheet[:, 5:10, 1], np.round(255 * proba))
-    np.testing.assert_array_equal(sheet[:, 10:], draw.overlay(image, proba))
+def test_panels_are_image_probabilities_and_outlines():
+    image = np.random.default_rng(0).integers(0, 256, (300, 256, 3), np.uint8)
+    proba = np.linspace(0, 1, 300 * 256, dtype=np.float32).reshape(300, 256, 1)  # rows from 150 on
+    mask = np.zeros((300, 256, 1), np.uint8)
+    mask[100:140], mask[200:] = 1, 255  # what does not count has no outline
+    first, second, third = draw.panels(image, proba, mask)
+    np.testing.assert_array_equal(first, image)
+    np.testing.assert_array_equal(second, np.round(255 * proba).astype(np.uint8).repeat(3, -1))
+    expected = image.copy()
+    expected[[*range(100, 104), *range(136, 140)]] = draw.TRUE
+    expected[150:152] = draw.PREDICTED
+    np.testing.assert_array_equal(third, expected)
+    *_, other = draw.panels(image, proba, threshold=0.8)
+    assert (other[240:242] == draw.PREDICTED).all() and (other[150] == image[150]).all()
 
 
-def test_a_sheet_is_a_column_of_images(tmp_path):
-    row = np.full((4, 6, 3), 7, np.uint8)
-    draw.save_sheet(tmp_path / "sheet.png", [row, row + 1])
-    with Image.open(tmp_path / "sheet.png") as picture:
-        np.testing.assert_array_equal(picture, np.concatenate([row, row + 1]))
+@pytest.mark.parametrize(
+    ("own", "shown"),
+    [((64, 64), (256, 256)), ((128, 192), (256, 384)), ((600, 1200), (256, 512)),
+     ((300, 400), (300, 400)), ((20, 400), (26, 512)), ((5000, 2), (512, 1))],
+)  # fmt: skip
+def test_small_images_are_enlarged_and_large_ones_reduced(own, shown):
+    image = np.zeros((*own, 3), np.uint8)
+    index = np.zeros((*own, 1), np.uint8)
+    index[: own[0] // 2] = 200
+    for prediction in (index / np.float32(200), index):
+        for panel in draw.panels(image, prediction, index):
+            assert panel.shape == (*shown, 3) and panel.dtype == np.uint8
+    *_, classes = draw.panels(image, index, index)
+    colours = {tuple(pixel) for pixel in classes.reshape(-1, 3).tolist()}
+    assert colours == {(0, 0, 0), tuple((draw.palette(256)[200] // 2).tolist())}  # none is mixed
+
+
+def test_a_sheet_has_captions_titles_and_a_key(tmp_path):
+    wide = tuple(np.full((20, 90, 3), value, np.uint8) for value in (10, 20, 30))
+    narrow = tuple(np.full((30, 50, 3), value, np.uint8) for value in (40, 50, 60))
+    for classes in ((), ("background", "cell")):
+        draw.save_sheet(tmp_path / "sheet.png", {"first": wide, "second": narrow}, classes)
+        with Image.open(tmp_path / "sheet.png") as picture:
+            sheet = np.asarray(picture)
+        assert sheet.shape == (22 + 22 + 20 + 8 + 22 + 30 + 8 + 20, 3 * 98 + 8, 3)
+        for i in range(3):
+            x = 8 + 98 * i
+            np.testing.assert_array_equal(sheet[44:64, x : x + 90], wide[i])
+            np.testing.assert_array_equal(sheet[94:124, x + 20 : x + 70], narrow[i])  # centred
+            assert (sheet[4:20, x : x + 90] < 200).any()  # a title
+        assert (sheet[24:42, 8:40] < 128).any() and (sheet[74:92, 8:40] < 128).any()  # captions
+        key = sheet[132:].reshape(-1, 3).tolist()
+        shown = [draw.TRUE, draw.PREDICTED] if not classes else draw.palette(2).tolist()
+        assert all(list(colour) in key for colour in shown)
 
 
 def test_learning_curves_show_the_history(tmp_path, figures):
@@ -113,10 +148,6 @@ def test_images_of_any_channels_and_type_are_shown(channels, shown):
     expected = image[..., shown]
     np.testing.assert_array_equal(draw.as_rgb(image), expected)
     np.testing.assert_array_equal(draw.as_rgb(image / np.float32(255)), expected)
-    sheet = draw.panels(image / np.float32(255), np.zeros((6, 5)))
-    np.testing.assert_array_equal(sheet[:, 10:], expected)
-    index = np.zeros((6, 5), np.uint8)
-    assert (draw.class_panels(image, index, index) == np.tile(expected, (1, 3, 1))).all()
 
 
 def test_overlapping_classes_are_drawn_with_the_last_on_top():

@@ -19,7 +19,7 @@ def start(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["opening the pictures", "compiling"])
+@pytest.mark.parametrize("moment", ["opening synthetic_polyps", "compiling"])
 def test_a_signal_before_the_first_step_ends_the_program(moment, number, tmp_path, monkeypatch):
     with start(tmp_path, monkeypatch) as program:
         while moment not in program.stdout.readline():

@@ -186,7 +186,7 @@ def test_a_run_explains_itself(undisturbed):
     ours = {"dice_per_image", "iou_per_image"}
     assert set(history[0]) >= {p + k for p in ("", "val_") for k in tutorial | ours}
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
-    assert Image.open(workdir / f"samples/epoch-{EPOCHS:04d}.png").size[0] == 3 * 32
+    assert Image.open(workdir / f"samples/epoch-{EPOCHS:04d}.png").size[0] == 3 * 264 + 8
 
 
 def epochs_written(workdir):
@@ -685,7 +685,7 @@ def test_evaluation_needs_only_the_workdir(undisturbed, capsys):
     assert own_size["per_image"]["dice"]["mean"] == pytest.approx(report["dice_per_image"])
     assert own_size["pooled"]["recall"] == pytest.approx(report["recall_pooled"])
     assert 0 < own_size["calibration_error"] < 0.5
-    assert Image.open(workdir / "evaluation-test.png").size == (3 * 32, 3 * 32)
+    assert Image.open(workdir / "evaluation-test.png").size == (800, 22 + 3 * 286 + 20)
     assert Image.open(workdir / "evaluation-test-reliability.png").format == "PNG"
     assert evaluate.main(["--workdir", str(workdir), "--flips"]) == 0
     flips = json.loads((workdir / "evaluation-test-flips.json").read_text())
@@ -1013,13 +1013,13 @@ def test_the_ablation_trains_each_row_once_and_prints_the_table(
     rows = ("strong", "BCE alone")
     monkeypatch.setattr(ablate, "ROWS", {name: ablate.ROWS[name] for name in rows})
     assert ablate.main(arguments(folders, tmp_path / "a", epochs=1)) == 0
-    table = capsys.readouterr().out
-    assert all(f"| {name} |" in table for name in rows)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in table[2:4]] == [f"| {name}" for name in rows]
     files = sorted((tmp_path / "a").iterdir())
     assert len(files) == 2 and files[0].read_text() != files[1].read_text()
     times = [file.stat().st_mtime_ns for file in files]
     assert ablate.main(arguments(folders, tmp_path / "a", epochs=1)) == 0
-    assert capsys.readouterr().out == table
+    assert capsys.readouterr().out.splitlines()[-len(table) :] == table
     assert times == [file.stat().st_mtime_ns for file in files]
 
 
@@ -1074,11 +1074,7 @@ def test_the_data_efficiency_trains_on_fractions_of_the_images_for_as_many_steps
 @pytest.mark.parametrize("study", [ablate, data_efficiency])
 @pytest.mark.parametrize(
     "changes, words",
-    [
-        ({"init": "runs"}, "--init is not used by this program"),
-        ({"recipe": "article"}, "--recipe is not used by this program"),
-        ({"learning_rate": 1e30}, "strong.*: the .* of step .* is (inf|nan)"),
-    ],
+    [({"learning_rate": 1e30}, "strong.*: the .* of step .* is (inf|nan)")],
 )
 def test_an_impossible_study_is_refused_and_leaves_nothing(
     folders, tmp_path, capsys, monkeypatch, study, changes, words
