@@ -3,20 +3,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-classes test test-all test-peers test-versions faults lint bench clean
+.PHONY: demo demo-classes test test-all test-peers test-versions docs faults lint bench notebook clean
 
 demo: .venv/installed
 	$(BIN)/python experiments/train.py --workdir runs/demo --dataset synthetic_polyps \
 	  --image-size 64 --features 16 32 64 128 --epochs 12 --data-dir runs/demo/data
 	$(BIN)/python experiments/evaluate.py --workdir runs/demo
-	@echo "Look at runs/demo/evaluation-test.png, runs/demo/curves.png and runs/demo/samples/"
 
 demo-classes: .venv/installed
 	$(BIN)/python experiments/train.py --workdir runs/demo-classes --dataset synthetic_cells \
 	  --recipe strong --image-size 96 128 --features 16 32 64 128 --epochs 20 --learning-rate 3e-3 \
 	  --data-dir runs/demo-classes/data
 	$(BIN)/python experiments/evaluate.py --workdir runs/demo-classes
-	@echo "Look at runs/demo-classes/evaluation-test.png, evaluation-test-confusion.png and samples/"
 
 test: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
@@ -27,7 +25,16 @@ test-all: .venv/installed-dev
 # The tests that compare with MONAI, torchmetrics and the reference EfficientNet, in an environment
 # that has them.
 test-peers: .venv-peers/installed
-	.venv-peers/bin/pytest tests/test_boundary.py tests/test_metrics.py tests/test_efficientnet.py tests/test_tiles.py
+	.venv-peers/bin/pytest tests/test_boundary.py tests/test_metrics.py tests/test_efficientnet.py tests/test_tiles.py \
+	  tests/test_coming_from.py
+
+# The documentation as a site, in site/.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Writes notebooks/colab.ipynb again from its script.
+notebook: .venv/installed-dev
+	$(BIN)/jupytext --quiet --to ipynb --update notebooks/colab.py
 
 # Both ends of the supported version range, in separate environments; see the script.
 test-versions:
@@ -64,9 +71,13 @@ bench: .venv-bench/installed
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
+.venv/installed-docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	@touch $@ .venv/installed
+
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	@touch $@ .venv/installed
+	@touch $@ .venv/installed .venv/installed-docs
 
 clean:
 	rm -rf .venv .venv-* dist runs/demo runs/demo-classes

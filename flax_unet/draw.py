@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -220,7 +220,7 @@ def save_sheet(
     sheet.save(path)
 
 
-def save_curves(path: str | os.PathLike, history: Sequence[dict[str, Any]]) -> None:
+def save_curves(path: str | os.PathLike | IO[bytes], history: Sequence[dict[str, Any]]) -> None:
     """Save the learning curves of training and validation, loss and Dice per image, as a PNG.
 
     Args:

@@ -128,9 +128,9 @@ def task(text: str) -> Iterator[None]:
 def command(program: str, *words: str | Path) -> str:
     """The command line of another program, as this one was started, with relative paths."""
     this = Path(sys.argv[0])
-    start = f"flax-unet {program}"
-    if this.suffix == ".py" and this.name != "__main__.py":
-        start = f"python {shlex.quote(str(this.with_name(program + '.py')))}"
+    start, sibling = f"flax-unet {program}", this.with_name(f"{program}.py")
+    if this.name != "__main__.py" and sibling.is_file():  # not so in a notebook
+        start = f"python {shlex.quote(str(sibling))}"
     here = Path.cwd()
     texts = (
         os.path.relpath(word) if isinstance(word, Path) and word.is_relative_to(here) else str(word)

@@ -176,11 +176,15 @@ def test_a_task_says_how_long_it_took(capsys, monkeypatch):
     [
         ("flax-unet train", "flax-unet export --out 'a b'"),
         ("experiments/train.py", "python experiments/export.py --out 'a b'"),
-        ("/some where/train.py", "python '/some where/export.py' --out 'a b'"),
-        ("/lib/flax_unet_cli/__main__.py", "flax-unet export --out 'a b'"),
+        ("some where/train.py", "python 'some where/export.py' --out 'a b'"),
+        ("flax_unet_cli/__main__.py", "flax-unet export --out 'a b'"),
+        ("ipykernel_launcher.py", "flax-unet export --out 'a b'"),
     ],
 )
 def test_the_next_command_is_one_that_works(this, expected, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    for folder in ("experiments", "some where", "flax_unet_cli"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "export.py").touch()
     monkeypatch.setattr(sys, "argv", [this])
     assert program.command("export", "--out", tmp_path / "a b") == expected
