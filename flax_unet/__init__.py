@@ -24,6 +24,7 @@ Losses and metrics
     boundary      distances between the outlines of two masks
 
 Training
+    devices       a mesh over several devices, and what is where
     train         the state, and the step: (state, batch, key) to (state, metrics)
     fit           a generator of epochs
     recipes       what to train and how, as data

@@ -13,7 +13,6 @@ so turned and shrunk crops, too, are filled with the picture. Pixels from outsid
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -190,15 +189,6 @@ def bytes_per_pixel(mask_format: MaskFormat, image_format: ImageFormat) -> int:
     """Of image and mask in memory."""
     masks = mask_format.channels if mask_format.overlapping else 1
     return image_format.channels * (1 if image_format.raw else 4) + masks
-
-
-def memory() -> int:
-    """Bytes of the first device, or of the computer if the device does not say."""
-    if limit := (jax.devices()[0].memory_stats() or {}).get("bytes_limit"):
-        return limit
-    if not hasattr(os, "sysconf"):  # Windows
-        return 8_000_000_000
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def batches(

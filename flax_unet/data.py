@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import PIL
+from jax.sharding import Mesh
 from PIL import Image
 
-from flax_unet import classes, formats, images, summary
+from flax_unet import classes, devices, formats, images, summary
 from flax_unet.folders import SPLITS as SPLITS
 from flax_unet.folders import FolderSource as FolderSource
 from flax_unet.folders import list_pictures as list_pictures
@@ -246,9 +247,13 @@ def check(image: Any, mask: Any, *, tiles: bool = False) -> None:
             )
 
 
-def to_device(arrays: Arrays) -> Arrays:
-    """Copy to the first device; `batches` then yields indices, so no image moves per step."""
-    return arrays._replace(image=jax.device_put(arrays.image), mask=jax.device_put(arrays.mask))
+def to_device(arrays: Arrays, mesh: Mesh | None = None) -> Arrays:
+    """Copy to each device of a mesh; without one to the first.
+
+    `batches` then yields indices, so no image moves per step.
+    """
+    image, mask = devices.replicate((arrays.image, arrays.mask), mesh)
+    return arrays._replace(image=image, mask=mask)
 
 
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
+from jax.sharding import Mesh
 
-from flax_unet import boundary, classes, cpu, data, formats, images, metrics, pictures
+from flax_unet import boundary, classes, cpu, data, devices, formats, images, metrics, pictures
 from flax_unet.classes import IGNORE
 from flax_unet.formats import MaskFormat
 from flax_unet.images import ImageFormat
@@ -51,6 +52,7 @@ def evaluate(
     *,
     batch_size: int = 8,
     loss_fn: Loss = bce,
+    mesh: Mesh | None = None,
 ) -> tuple[dict[str, float], metrics.Confusion]:
     """Metrics of a model over a data set, at the size of its arrays.
 
@@ -60,6 +62,7 @@ def evaluate(
         arrays: the data set.
         batch_size: images at a time; affects `iou_coef` only.
         loss_fn: (logits, labels) to the loss per image.
+        mesh: devices over which each batch is split, see `devices.make_mesh`.
 
     Returns:
         `metrics.summary`, and the counts per image [N, C].
@@ -70,7 +73,7 @@ def evaluate(
     """
     if not len(arrays.image):
         raise pictures.DataError("the data set is empty")
-    step, pending = _eval_step(model, loss_fn), []
+    step, pending = _eval_step(model, loss_fn, mesh=mesh), []
     for batch in data.batches(arrays, batch_size):  # all are dispatched before the first is fetched
         result = step(variables, batch)
         del result["logits"]
@@ -119,6 +122,7 @@ def score(
     loss_fn: Loss = bce,
     tolerance: float = 1.0,
     threshold: float = 0.5,
+    mesh: Mesh | None = None,
 ) -> Iterator[Scores]:
     """Decode and predict each picture once, and score it at the network's size and at its own.
 
@@ -134,6 +138,7 @@ def score(
         loss_fn: (logits, labels) to the loss per image; unused by `predict.Tiled`.
         tolerance: of the surface Dice, in percent of the picture's diagonal.
         threshold: probability above which a pixel is of a class; exclusive classes have none.
+        mesh: devices over which each batch is split; not of `predict.Tiled`.
 
     Yields:
         `Scores` of each batch; with `predict.Tiled` of each picture.
@@ -169,7 +174,8 @@ def score(
         return
     size = (size, size) if isinstance(size, int) else size
     decode = partial(data.decode_resized, source, size=size, **read)
-    forward, losses = None, make_losses(loss_fn)
+    forward, losses = None, make_losses(loss_fn, mesh)
+    variables = variables if mesh is None else devices.spread(variables, mesh)
     recount = cpu.jit(partial(metrics.confusion, overlapping=overlapping))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(source), batch_size):
@@ -178,16 +184,18 @@ def score(
             image, mask = np.stack(resized), np.stack(masks)
             rows, weight = data.pad(np.arange(len(index)), batch_size)
             batch = {"image": image[rows], "mask": mask[rows], "weight": weight}
+            batch = devices.put(batch, mesh)
             if forward is None:  # compiled before it is timed
-                forward = make_forward(model).lower(variables, batch).compile()
+                forward = make_forward(model, mesh).lower(variables, batch).compile()
             began = time.perf_counter()
             result = jax.block_until_ready(forward(variables, batch))
             seconds = time.perf_counter() - began
+            result["loss"] = losses(result["logits"], batch)
+            result = devices.first_rows(result, batch_size, len(batch["weight"]))
             logits = result.pop("logits")
-            result["loss"] = losses(logits, batch)
             if threshold != 0.5:
                 shifted = logits - scipy.special.logit(np.float32(threshold))
-                result["confusion"] = recount(shifted, batch["mask"])
+                result["confusion"] = recount(shifted, mask[rows])
             proba = np.asarray(classes.probabilities(logits, overlapping=overlapping))[: len(index)]
             classes.check_mask(mask, proba.shape[-1])
             own_size = list(pool.map(at_own_size, proba, true))

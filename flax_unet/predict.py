@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import ScopeParamShapeError
 from jax.core import Tracer
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from flax_unet import classes, cpu, images, pictures, tiles
+from flax_unet import classes, cpu, devices, images, pictures, tiles
 from flax_unet.images import ImageFormat
 from flax_unet.model import accepted
 from flax_unet.pictures import Content
@@ -79,6 +80,7 @@ class Tiled:
             With 1/2 the network computes each pixel about 4 times.
         blend: how the weights of a window decrease from its centre, see `tiles.weights`.
         batch_size: windows at a time.
+        mesh: devices that share the windows, see `devices.make_mesh`; then batch_size is of each.
         progress: whether to show a bar, on a terminal, if it takes more than a second.
     """
 
@@ -87,6 +89,7 @@ class Tiled:
     overlap: float = 0.5
     blend: tiles.Blend = "gaussian"
     batch_size: int = 4
+    mesh: Mesh | None = None
     progress: bool = False
 
     def __post_init__(self):
@@ -108,6 +111,11 @@ class Tiled:
         """Height and width of a window."""
         height, width = self.window  # type: ignore[misc]
         return height, width
+
+    @property
+    def windows(self) -> int:
+        """Windows at a time, on all devices together."""
+        return self.batch_size * (1 if self.mesh is None else self.mesh.size)
 
     @property
     def on_host(self) -> bool:
@@ -145,13 +153,19 @@ class Tiled:
             for (n, side, _), starts in zip(axes, grid, strict=True)
         )
         windows = list(product(range(len(image)), range(len(rows)), range(len(columns))))
-        parts = [windows[i : i + self.batch_size] for i in range(0, len(windows), self.batch_size)]
+        n = self.windows
+        parts = [windows[i : i + n] for i in range(0, len(windows), n)]
         logits_of, result = _logits(self.model), None
+        if self.mesh is not None:
+            variables = devices.spread(variables, self.mesh)
 
         def dispatch(part: list[tuple[int, int, int]]) -> jax.Array:
             cuts = [tiles.cut(image[b], rows[y], columns[x], self.size) for b, y, x in part]
-            cuts += cuts[:1] * (self.batch_size - len(cuts))
-            return logits_of(variables, np.stack(cuts))
+            cuts += cuts[:1] * (n - len(cuts))
+            images = np.stack(cuts)
+            if self.mesh is not None:
+                images = jax.device_put(images, devices.split(self.mesh))
+            return logits_of(variables, images)
 
         with tqdm(
             total=len(windows),

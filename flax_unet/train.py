@@ -19,10 +19,10 @@ import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend.core import Literal
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from optax.contrib import ScheduleFreeState
 
-from flax_unet import classes, cpu, metrics
+from flax_unet import classes, cpu, devices, metrics
 from flax_unet.augment import Augment
 from flax_unet.model import accepted, warm_up
 from flax_unet.pictures import as_float
@@ -471,9 +471,8 @@ def make_train_step(
         model, tx, loss_fn, augment, accumulate, frozen: see `train_step`.
         remat: rematerialise the blocks in the backward pass: less memory, more time. The model
             needs a `remat` attribute.
-        mesh: devices over which the arrays of a batch (or the resident data set) are split along
-            their first axis, whose length must be divisible by the number of devices. The state is
-            replicated.
+        mesh: devices over which a batch is split, see `devices.put`. The state is copied to each,
+            or stays split as it is, see `devices.shard`.
     """
     model = model.clone(remat=True) if remat else model
     step = partial(
@@ -485,13 +484,23 @@ def make_train_step(
         accumulate=accumulate,
         frozen=tuple(frozen),
     )
-    replicated, split = _shardings(mesh)
-    return cpu.jit(
-        step,
-        in_shardings=(replicated, split, replicated),
-        out_shardings=replicated,
-        donate_argnums=0,
-    )
+    if mesh is None:
+        return cpu.jit(step, donate_argnums=0)
+
+    @lru_cache(maxsize=2)
+    def compiled(structure: Any, shardings: tuple[Any, ...]) -> Any:
+        state = jax.tree.unflatten(structure, shardings)
+        return cpu.jit(step, out_shardings=(state, devices.replicated(mesh)), donate_argnums=0)
+
+    def on_mesh(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Any]:
+        state, key = devices.spread((state, key), mesh)
+        leaves, structure = jax.tree.flatten(state)
+        more = devices.put(batch, mesh)
+        keeping = compiled(structure, tuple(leaf.sharding for leaf in leaves))
+        state, result = keeping(state, more, key)
+        return state, devices.first_rows(result, len(batch["weight"]), len(more["weight"]))
+
+    return on_mesh
 
 
 def make_eval_step(
@@ -501,39 +510,30 @@ def make_eval_step(
 
     The network is compiled apart from the loss: once for all losses, which may be made on the spot.
     """
-    losses = make_losses(loss_fn, mesh)
+    forward, losses = make_forward(model, mesh), make_losses(loss_fn, mesh)
 
     def step(variables: Any, batch: Batch) -> dict[str, Any]:
-        result = make_forward(model, mesh)(variables, batch)
-        return {**result, "loss": losses(result["logits"], batch)}
+        n = len(batch["weight"])
+        if mesh is not None:
+            variables, batch = devices.spread(variables, mesh), devices.put(batch, mesh)
+        result = forward(variables, batch)
+        result = {**result, "loss": losses(result["logits"], batch)}
+        return devices.first_rows(result, n, len(batch["weight"]))
 
     return step
 
 
 @lru_cache(maxsize=8)
 def make_forward(model: Any, mesh: Mesh | None = None) -> Any:
-    """Compile what `eval_step` does but for the loss: (variables, batch) to a dict."""
-    replicated, split = _shardings(mesh)
-    return cpu.jit(
-        partial(_forward, model=model), in_shardings=(replicated, split), out_shardings=replicated
-    )
+    """Compile what `eval_step` does but for the loss: (variables, batch) to a dict.
+
+    With a mesh both must be on it: see `devices`.
+    """
+    out = None if mesh is None else devices.replicated(mesh)
+    return cpu.jit(partial(_forward, model=model), out_shardings=out)
 
 
 def make_losses(loss_fn: Loss, mesh: Mesh | None = None) -> Callable[..., jax.Array]:
-    """Compile a loss: (logits, batch) to the loss per image, [B]."""
-    replicated, split = _shardings(mesh)
-    return cpu.jit(
-        partial(_losses, loss_fn=loss_fn),
-        in_shardings=(replicated, split),
-        out_shardings=replicated,
-    )
-
-
-def _shardings(mesh: Mesh | None) -> tuple[Any, Any]:
-    """The shardings (replicated, split along the first axis)."""
-    if mesh is None:
-        return None, None
-    return (
-        NamedSharding(mesh, PartitionSpec()),
-        NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
-    )
+    """Compile a loss: (logits, batch) to the loss per image, [B]; a mesh as in `make_forward`."""
+    out = None if mesh is None else devices.replicated(mesh)
+    return cpu.jit(partial(_losses, loss_fn=loss_fn), out_shardings=out)

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from flax_unet import data, draw, formats, images, metrics, runs, zoo
+from flax_unet import data, devices, draw, formats, images, metrics, runs, zoo
 from flax_unet.draw import Panels
 from flax_unet.evaluate import RATIOS, Scores, cost, report, score
 from flax_unet.folders import MaskFiles
@@ -75,6 +75,8 @@ class Options:
     """Probability above which a pixel is of a class (one class or overlapping ones)."""
     quiet: bool = False
     """Print warnings and errors only."""
+    devices: int | None = None
+    """Devices that share each batch; by default all."""
 
 
 def open_split(
@@ -210,7 +212,10 @@ def run(options: Options) -> None:
     trained = runs.load_model(options.workdir, which)
     settings = trained.settings
     source, what, protocol = open_split(options, trained)
-    model, size = trained.predictor(flips=options.flips, window=options.window, progress=True)
+    mesh = devices.make_mesh(options.devices)
+    model, size = trained.predictor(
+        flips=options.flips, window=options.window, progress=True, mesh=mesh
+    )
     n, batches = len(source), []
     mask_format = format_of(options, trained, source)
     image_format = options.ranges.apply(trained.image_format)
@@ -227,6 +232,7 @@ def run(options: Options) -> None:
             loss_fn=trained.loss_fn,
             tolerance=TOLERANCE,
             threshold=options.threshold,
+            mesh=mesh,
         ):
             batches.append(batch)
             bar.update(len(batch.name))

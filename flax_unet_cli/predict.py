@@ -27,7 +27,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from flax_unet import draw, images, pictures, predict, runs, video
+from flax_unet import devices, draw, images, pictures, predict, runs, video
 from flax_unet.classes import decide
 from flax_unet.formats import BINARY
 from flax_unet.images import ImageFormat
@@ -71,6 +71,8 @@ class Options:
     """Probability above which a pixel is in the mask (of one class, or of overlapping classes)."""
     quiet: bool = False
     """Print warnings and errors only."""
+    devices: int | None = None
+    """Devices that share the windows of a picture; by default all."""
     ranges: Annotated[RangeFlags, tyro.conf.arg(name="pictures")] = RangeFlags()
     flips: bool = False
     """Average the prediction over the 4 flips of each image, at 4 times the work; over the 2 flips
@@ -163,7 +165,7 @@ def probabilities(context: Context, image: np.ndarray) -> np.ndarray:
 def memory_of(size: tuple[int, int], image_format: ImageFormat, model: Any) -> float:
     """Bytes that the prediction of a picture takes at most, measured."""
     values = image_format.channels * (1 if image_format.raw else 12)
-    windows = model.batch_size * model.size[0] * model.size[1] if predict.is_tiled(model) else 0
+    windows = model.windows * model.size[0] * model.size[1] if predict.is_tiled(model) else 0
     picture = size[0] * size[1] * (13 + values + 4 * model.num_classes)
     return PROGRAM + picture + WINDOW * windows
 
@@ -211,7 +213,11 @@ def run(options: Options) -> int:
 def _load(options: Options) -> Context:
     trained = runs.load_model(options.workdir, options.checkpoint)
     model, size = trained.predictor(
-        flips=options.flips, window=options.window, backend=options.backend, progress=True
+        flips=options.flips,
+        window=options.window,
+        backend=options.backend,
+        progress=True,
+        mesh=None if options.backend == "onnx" else devices.make_mesh(options.devices),
     )
     return Context(
         options,

@@ -25,9 +25,10 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from flax_unet import checkpoint, crops, data, draw, images, runs, summary
+from flax_unet import checkpoint, crops, data, devices, draw, images, runs, summary
 from flax_unet.classes import decide
 from flax_unet.evaluate import evaluate
 from flax_unet.fit import Epoch, check_finite, fit
@@ -62,6 +63,10 @@ class Options:
     """Stop after the summary of the data."""
     quiet: bool = False
     """Print warnings and errors only."""
+    devices: int | None = None
+    """Devices that share each batch; by default all."""
+    fsdp: bool = False
+    """Split parameters and optimizer state over the devices, too, if one has no room for them."""
 
 
 #: Seconds of an epoch of recipe `unet` on Kvasir-SEG at 256x256 on 2 CPU cores: docs/results.md.
@@ -90,6 +95,11 @@ def run(options: Options) -> int:
             "--recipe pretrained\n(pip install 'flax-unet[pretrained]') is quicker and better",
             flush=True,
         )
+    mesh = devices.make_mesh(options.devices)
+    if options.fsdp and mesh is None:
+        raise ValueError("--fsdp needs several devices")
+    if mesh is not None:
+        print(f"each batch is split over {mesh.size} devices", flush=True)
     recorded = None
     if checkpoint.exists(workdir / "checkpoints"):  # a run keeps what it found out about its data
         with contextlib.suppress(OSError, ValueError):
@@ -103,7 +113,7 @@ def run(options: Options) -> int:
     mask_format = mask_format_of(settings, sources, options.masks)
     print(f"images: {image_format}\nmasks: {mask_format}", flush=True)
     recipe = runs.recipe_of(settings, mask_format, image_format)
-    pictures = load_pictures(options, sources, recipe, mask_format, image_format)
+    pictures = load_pictures(options, sources, recipe, mask_format, image_format, mesh)
     recipe = with_class_weights(recipe, settings, pictures)
     training = runs.build(settings, recipe, pictures.n)
     hashes = fingerprints(sources, pictures)
@@ -136,7 +146,11 @@ def run(options: Options) -> int:
         runs.write_atomically(workdir / "config.json", json.dumps(content, indent=2) + "\n")
         try:
             progress["config"] = content
-            train(options, training, pictures, key, state, progress, checkpoints, stop, check)
+            if options.fsdp and mesh is not None:
+                state = devices.shard(state, mesh)
+            else:
+                state = devices.replicate(state, mesh)
+            train(options, training, pictures, key, state, progress, checkpoints, stop, check, mesh)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}, in another --workdir: this one is kept") from error
         except OSError as error:
@@ -182,8 +196,9 @@ def load_pictures(
     recipe: Recipe,
     mask_format: MaskFormat,
     image_format: ImageFormat,
+    mesh: Mesh | None,
 ) -> Pictures:
-    """The pictures of a run; the training pictures are on the device unless they are streamed.
+    """The pictures of a run; the training pictures are on each device unless they are streamed.
 
     Raises:
         ValueError: a split is empty, or a picture is unusable.
@@ -198,11 +213,10 @@ def load_pictures(
     formats = {"mask_format": mask_format, "image_format": image_format}
     if settings.crop is not None:
         return load_crops(options, sources, recipe, formats, seen)
-    if options.places.stream:
-        check_grain()
+    if must_stream(options, len(source) * settings.size[0] * settings.size[1], formats):
         batches = partial(data.stream, source, settings.size, size, **formats)
     else:
-        arrays = data.to_device(load("train"))
+        arrays = data.to_device(load("train"), mesh)
         batches = partial(data.batches, arrays, size)
     validation = load("validation")
     return Pictures(len(source), batches, arrays, validation, seen)
@@ -220,16 +234,10 @@ def load_crops(
     Raises:
         ValueError: as `load_pictures`.
     """
-    settings, streamed, arrays = options.settings, options.places.stream, None
+    settings, arrays = options.settings, None
     source, validation = (split_of(settings, sources, x) for x in ("train", "validation"))
     areas = crops.areas(source)
-    needed = sum(areas) * crops.bytes_per_pixel(**formats)
-    if not streamed and needed > (room := crops.memory() / 2):
-        streamed = True
-        print(
-            f"the pictures take {needed / 1e9:.1f} GB, more than half of the memory "
-            f"({room / 1e9:.1f} GB): they are decoded for each crop, as with --stream"
-        )
+    streamed = must_stream(options, sum(areas), formats)
     frame = crops.frame_of(settings.size, recipe.augment.get("random_affine"))
     cut = crops.crops_of(areas, settings.size, frame, settings.seed)
     height, width = settings.size
@@ -238,7 +246,6 @@ def load_crops(
         "as cover their area; a third of them are centred at a pixel of a class"
     )
     if streamed:
-        check_grain()
         batches = partial(crops.stream, source, cut, settings.batch_size, **formats)
     else:
         with program.task(f"loading {len(source)} pictures of train"):
@@ -252,10 +259,25 @@ def load_crops(
     return Pictures(len(cut), batches, arrays, tiles, seen)
 
 
-def check_grain() -> None:
-    """Raise DataError if grain is missing."""
+def must_stream(options: Options, pixels: int, formats: dict[str, Any]) -> bool:
+    """Whether pictures are decoded during training: with --stream, or if there is no room for them.
+
+    Each device holds all of them, if they take at most half of its memory.
+
+    Raises:
+        DataError: grain is missing.
+    """
+    needed, room = pixels * crops.bytes_per_pixel(**formats), devices.memory() / 2
+    if not options.places.stream and needed <= room:
+        return False
+    if not options.places.stream:
+        print(
+            f"the training pictures take {needed / 1e9:.1f} GB, more than half of the memory "
+            f"({room / 1e9:.1f} GB): they are decoded again in each epoch, as with --stream"
+        )
     if find_spec("grain") is None:
-        raise DataError("--stream needs grain: pip install 'flax-unet[stream]'")
+        raise DataError("this needs grain: pip install 'flax-unet[stream]'")
+    return True
 
 
 def with_class_weights(recipe: Recipe, settings: runs.Settings, pictures: Pictures) -> Recipe:
@@ -344,6 +366,7 @@ def train(
     checkpoints: Any,
     stop: list[int],
     check: Callable[[], None],
+    mesh: Mesh | None,
 ) -> None:
     """Run the remaining epochs, given the state and the progress of the last checkpoint.
 
@@ -358,7 +381,7 @@ def train(
     if first >= settings.epochs:
         fixed = RECIPES[settings.recipe].optimizer.fixed_length
         print(f"all {first} epochs are done" + ("" if fixed else "; ask for more with --epochs"))
-    resident = data.to_device(validation)
+    resident = data.to_device(validation, mesh)
     due = 0.0  # when to draw the curves again
     # Of crops and of several classes a picture may lack some: the pooled Dice has no empty case.
     per_image = training.model.num_classes == 1 and settings.crop is None
@@ -366,7 +389,7 @@ def train(
     ends = [time.monotonic()]  # of epochs
     if first < settings.epochs:
         print("compiling; the first time takes up to a minute", flush=True)
-        compile_evaluation(training, state.variables, resident, settings.batch_size)
+        compile_evaluation(training, state.variables, resident, settings.batch_size, mesh)
 
     bar = tqdm(
         desc=f"epoch {first + 1}/{settings.epochs}",
@@ -405,6 +428,7 @@ def train(
         records=records,
         on_step=on_step,
         stop=lambda: bool(stop),
+        mesh=mesh,
         check_values=settings.crop is None,  # crops may hold nothing, and what does not count
     )
     with bar, event_writer(workdir, int(state.step)) as events:
@@ -420,6 +444,7 @@ def train(
                 resident,
                 batch_size=settings.batch_size,
                 loss_fn=training.loss_fn,
+                mesh=mesh,
             )
             check_finite(int(epoch.state.step), validation_loss=scores["loss"])
             # The checkpoint comes last, so that a killed run repeats everything before it.
@@ -450,11 +475,12 @@ def train(
 
 
 def compile_evaluation(
-    training: Training, variables: Any, arrays: data.Arrays, batch_size: int
+    training: Training, variables: Any, arrays: data.Arrays, batch_size: int, mesh: Mesh | None
 ) -> None:
     """Compile what follows an epoch before there are steps that an interruption would lose."""
     model: Any = training.model
-    jax.block_until_ready(make_forward(model)(variables, next(data.batches(arrays, batch_size))))
+    batch = devices.put(next(data.batches(arrays, batch_size)), mesh)
+    jax.block_until_ready(make_forward(model, mesh)(variables, batch))
     predict_proba(model, variables, np.asarray(arrays.image[:4]))
 
 

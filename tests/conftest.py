@@ -5,6 +5,8 @@ import shutil
 import jax
 import pytest
 
+from flax_unet import devices
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -15,6 +17,13 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Programs use one of the fake devices, unless a test says --devices."""
+    make_mesh = devices.make_mesh
+    monkeypatch.setattr(devices, "make_mesh", lambda n=None: make_mesh(1 if n is None else n))
 
 
 @pytest.fixture(scope="module")
