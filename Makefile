@@ -68,6 +68,7 @@ bench: .venv-bench/installed
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml | .venv/bin/python
+	@echo "installing the packages into .venv: 1.1 GB, some minutes"
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 

@@ -105,6 +105,11 @@ class FolderSource(Sequence):
                 f"({len(unpaired)} unpaired in all): give every picture a mask with the same name; "
                 "if masks are named NAME_mask, use --mask-suffix _mask"
             )
+        if not image and Path(images) == Path(masks):
+            raise DataError(
+                f"{images} is given for images and for masks, and has no folders of these names: "
+                "name the folder of the masks, or how their names end, --mask-suffix"
+            )
         if not image:
             raise DataError(f"{images} has no pictures ({', '.join(SUFFIXES)})")
         if split is not None and split not in SPLITS:

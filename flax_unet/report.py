@@ -124,6 +124,8 @@ def report_html(
 
 
 def _interval(ends: Sequence[float], digits: int = 4) -> str:
+    if ends[0] == ends[1]:  # of one image, or of equal ones
+        return "<small>&ndash;</small>"
     return f"<small>{ends[0]:.{digits}f} to {ends[1]:.{digits}f}</small>"
 
 

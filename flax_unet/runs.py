@@ -34,6 +34,12 @@ except ImportError:  # Windows
 DETERMINES = ("settings", "model", "training", "data", "masks", "images")
 #: Pixels of the windows that `predict.Tiled` computes at a time, or one window if it has more.
 PIXELS = 2**20
+#: Of weights that were trained on Kvasir-SEG.
+TERMS = (
+    "trained on Kvasir-SEG: for research and education only, and not a medical device; other use "
+    "needs the permission of its authors (https://datasets.simula.no/kvasir-seg/), publications "
+    "cite doi 10.1007/978-3-030-37734-2_37"
+)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
 
 
@@ -42,7 +48,7 @@ class Settings:
     """What a run computes."""
 
     recipe: str = "unet"
-    """Name of a recipe; `flax-unet train --help` describes them."""
+    """unet, article, strong or pretrained; `flax-unet train --help` describes them."""
     encoder: Literal["lite0", "lite2"] | None = None
     """EfficientNet of --recipe pretrained; lite0 by default."""
     dataset: str = "kvasir_seg"
@@ -581,6 +587,11 @@ class Trained(NamedTuple):
     image_format: ImageFormat
     checkpoint: str  # best or latest
     config: dict[str, Any]  # config.json
+
+    @property
+    def terms(self) -> str:
+        """Under which terms the weights may be used, if they are not yours alone; or ""."""
+        return TERMS if self.settings.dataset == "kvasir_seg" else ""
 
     def predictor(
         self,

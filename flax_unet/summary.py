@@ -120,6 +120,12 @@ def as_text(summary: dict[str, Any]) -> str:
             ),
         )
     row("empty masks", lambda s: s["empty"])
+    for name, values in summary[splits[0]]["classes"].items():
+        if not values["pictures"]:
+            lines.append(
+                f"warning: no mask of {splits[0]} has a pixel of class {name}: it cannot be "
+                "learned, and lowers the mean over the classes"
+            )
     for split in splits:
         if lost := summary[split]["objects_lost"]:
             of, size = summary[split]["objects"], summary[split]["size_that_keeps_them"]

@@ -119,15 +119,25 @@ def freeze(
     """
 
     def labels(params: Any) -> Any:
-        names = ["/".join(path) for path in flatten_dict(params)]
-        for name in frozen:
-            if not any(_is_within(each, [name]) for each in names):
-                modules = ", ".join(sorted(params))
-                raise ValueError(f"frozen: there is no module {name!r}: the modules are {modules}")
+        names = _names_of(params, frozen)
         flat = {each: "frozen" if _is_within(each, frozen) else "trained" for each in names}
         return unflatten_dict(flat, sep="/")
 
     return optax.multi_transform({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+
+
+def _names_of(params: Any, frozen: Sequence[str]) -> list[str]:
+    """The names of parameters.
+
+    Raises:
+        ValueError: a frozen module has none.
+    """
+    names = ["/".join(path) for path in flatten_dict(params)]
+    for name in frozen:
+        if not any(_is_within(each, [name]) for each in names):
+            modules = ", ".join(sorted(params))
+            raise ValueError(f"frozen: there is no module {name!r}: the modules are {modules}")
+    return names
 
 
 def _is_within(name: str, modules: Sequence[str]) -> bool:
@@ -254,8 +264,10 @@ def train_step(
         ValueError: the loss is not one value per image, shapes do not agree, the batch cannot be
             split into `accumulate` micro-batches, the model has `train` under another name, or a
             `pixel_weight` meets an augmentation, which would not move it; or the optimizer never
-            changes a module that is not `frozen` and has batch statistics.
+            changes a module that is not `frozen` and has batch statistics, or there is no module of
+            a name in `frozen`.
     """
+    _names_of(state.params, frozen)
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     image, mask, weight, *extra = _take(batch)
     if augment is not None:

@@ -24,9 +24,10 @@ def main() -> int:
     if not program or program[0] not in PROGRAMS:
         if program and program[0] not in ("_h", "__help"):
             print(f"error: there is no program {sys.argv[1]!r}", file=sys.stderr)
-        print(f"{__doc__}\n\nPrograms: {', '.join(PROGRAMS)}. Each of them has --help.")
+        names = ", ".join(PROGRAMS).replace("_", "-")
+        print(f"{__doc__}\n\nPrograms: {names}. Each of them has --help.")
         return 0 if program in (["_h"], ["__help"]) else 2
-    sys.argv[:2] = [f"flax-unet {program[0]}"]  # the name in its help and errors
+    sys.argv[:2] = [f"flax-unet {program[0].replace('_', '-')}"]  # the name in its help and errors
     return importlib.import_module(f"flax_unet_cli.{program[0]}").main()
 
 

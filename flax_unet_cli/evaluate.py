@@ -157,8 +157,7 @@ def show(content: dict[str, Any]) -> None:
     if lost := content["masks_that_lost_a_class"]:
         print(f"note: {lost} masks lost a class in resizing: see the scores at the own sizes")
     for name in ("dice_per_image", "iou_per_image"):
-        low, high = content[f"{name}_interval"]
-        print(f"  {name:<20}{content[name]:.4f}   95 % interval {low:.4f} to {high:.4f}")
+        print(f"  {name:<20}{content[name]:.4f}{_interval(*content[f'{name}_interval'])}")
     pooled = [f"{ratio.__name__}_pooled" for ratio in RATIOS]
     for name in ("precision_per_image", "recall_per_image", *pooled, "accuracy"):
         print(f"  {name:<20}{content[name]:.4f}")
@@ -174,11 +173,15 @@ def show(content: dict[str, Any]) -> None:
         print(f"  {name:<20}{value:{',' if isinstance(value, int) else '.2f'}}")
 
 
+def _interval(low: float, high: float) -> str:
+    """An interval as text; none of one image, or of equal ones."""
+    return f"   95 % interval {low:.4f} to {high:.4f}" if low < high else ""
+
+
 def show_foreground(own_size: dict[str, Any]) -> None:
     """Print the scores of one class."""
     for name, value in own_size["per_image"].items():
-        low, high = value["interval"]
-        print(f"    {name:<18}{value['mean']:.4f}   95 % interval {low:.4f} to {high:.4f}")
+        print(f"    {name:<18}{value['mean']:.4f}{_interval(*value['interval'])}")
     for polyp, values in own_size["by_polyp_size"].items():
         if values["n_images"]:
             mean, n = values["per_image"]["dice"]["mean"], values["n_images"]
@@ -195,7 +198,7 @@ def show_classes(own_size: dict[str, Any]) -> None:
     print(f"    {'of all pixels':<24}{''.join(f'{key:>11}' for key in keys)}   images with it")
     for name, values in own_size["by_class"].items():
         ratios = "".join(f"{values['pooled'][key]:>11.4f}" for key in keys)
-        print(f"    {name[:23]:<24}{ratios}{values['n_images_with_it']:>17}")
+        print(f"    {name[:23]:<24}{ratios}{values['n_images_with_it'] or 'in no mask':>17}")
     for name, values in means.items():
         if "background" in own_size["by_class"] or name == "mean":
             print(f"    {name:<24}{''.join(f'{values[key]:>11.4f}' for key in keys)}")

@@ -67,6 +67,8 @@ def run(options: Options) -> None:
             raise FileExistsError(f"{file} exists: choose another file")
         runs.check_writable(file.parent)
     trained = runs.load_model(options.workdir, options.checkpoint)
+    if trained.terms:
+        print(f"the model was {trained.terms}")
     # Made before anything is written, so that an error leaves nothing behind.
     makers = {options.onnx: onnx_bytes, options.stablehlo: stablehlo_bytes}
     contents = {file: makers[file](options, trained) for file in files}
@@ -90,6 +92,8 @@ def write_folder(options: Options, folder: Path, trained: runs.Trained) -> None:
     packed = pack.Packed(trained.model, trained.variables, size, about)
     pack.save(folder, packed)
     print_size(folder, folder / "weights.npz")
+    if trained.terms:
+        runs.write_atomically(folder / "LICENSE", f"The model was {trained.terms}.\n")
     if options.safetensors:
         safetensors_file.save(folder, packed)
         print_size(folder, folder / "weights.safetensors")
@@ -107,6 +111,7 @@ def onnx_bytes(options: Options, trained: runs.Trained) -> bytes:
     about = {"class_names": mask_format.learned, "image_size": None if crops else size}
     about["window"] = size if crops else None
     about |= images.to_json(image_format)
+    about |= {"terms": trained.terms} if trained.terms else {}
     made = onnx_file.to_onnx(
         trained.model,
         trained.variables,

@@ -212,6 +212,8 @@ def run(options: Options) -> int:
 
 def _load(options: Options) -> Context:
     trained = runs.load_model(options.workdir, options.checkpoint)
+    if trained.terms:
+        print(f"the model was {trained.terms}", flush=True)
     model, size = trained.predictor(
         flips=options.flips,
         window=options.window,

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -130,7 +131,12 @@ def command(program: str, *words: str | Path) -> str:
     this = Path(sys.argv[0])
     start, sibling = f"flax-unet {program}", this.with_name(f"{program}.py")
     if this.name != "__main__.py" and sibling.is_file():  # not so in a notebook
-        start = f"python {shlex.quote(str(sibling))}"
+        python = shutil.which("python") or ""
+        if not os.path.exists(python) or not os.path.samefile(python, sys.executable):
+            python = os.path.relpath(sys.executable)
+        else:
+            python = "python"
+        start = f"{shlex.quote(python)} {shlex.quote(str(sibling))}"
     here = Path.cwd()
     texts = (
         os.path.relpath(word) if isinstance(word, Path) and word.is_relative_to(here) else str(word)

@@ -462,7 +462,9 @@ def run(options: Options) -> None:
             )
         name = _this_machine() if ip_address(host).is_unspecified else options.host
         link = f"http://{f'[{name}]' if ':' in name else name}:{port}/"
-        print(f"the page of {options.workdir} is {link} (Ctrl-C ends it)", flush=True)
+        if trained.terms:
+            print(f"the model was {trained.terms}", flush=True)
+        print(f"the page of {options.workdir.name} is {link} (Ctrl-C ends it)", flush=True)
         make_server(application).run(sockets=[listening])  # until a signal
         raise KeyboardInterrupt
 

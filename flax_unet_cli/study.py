@@ -30,7 +30,9 @@ UNUSED = (
     "classes",
     "overlapping",
     "mask_files",
+    "devices",
     "dry_run",
+    "fsdp",
     "quiet",
 )
 

@@ -72,6 +72,9 @@ class Options:
 #: Seconds of an epoch of recipe `unet` on Kvasir-SEG at 256x256 on 2 CPU cores: docs/results.md.
 SLOW = 260
 
+#: Pictures of a split below which a warning says that its scores say little.
+FEW = 5
+
 #: Seconds between two drawings of the curves: one takes longer than a short epoch on a GPU.
 CURVES_EVERY = 10.0
 
@@ -328,6 +331,9 @@ def summarise_data(sources: Sources, pictures: Pictures, mask_format: MaskFormat
     print(summary.as_text(content))
     others = {split: len(source) for split, source in sources.items() if split not in content}
     print("".join(f"{split}: {n} pictures\n" for split, n in others.items()), end="")
+    for split in content.keys() | others.keys():
+        if (n := len(sources[split])) < FEW and split != "train":
+            print(f"warning: {split} has only {n} of the pictures: its scores will say little")
     facts = () if pictures.train is None else pictures.train.facts
     if facts and not any(one.resized.keys() - {"0"} for one in facts):
         size = max(one.needed for one in facts)

@@ -49,8 +49,7 @@ SAVE_IN_DRIVE = False  # @param {type: "boolean"}
 # %% [markdown]
 # ## 2. Installation
 #
-# flax-unet works with the jax, flax and NumPy of this machine, and changes none of its packages.
-# The cell checks that.
+# flax-unet works with the jax, flax and NumPy of this machine and keeps them. The cell checks that.
 
 # %%
 import importlib.metadata
@@ -67,8 +66,10 @@ if importlib.util.find_spec("flax_unet") is None:
     importlib.invalidate_caches()
 
 after = versions()
-changed = [name for name in before if after.get(name) != before[name]]
-assert not changed, f"these packages have another version now: {changed}"
+changed = {name: after.get(name) for name in before if after.get(name) != before[name]}
+assert not changed.keys() & {"jax", "jaxlib", "flax", "numpy"}, f"restart: pip changed {changed}"
+if changed:
+    print("also updated, before anything imported them:", changed)
 print({name: after[name] for name in ("flax-unet", "jax", "jaxlib", "flax", "numpy")})
 
 # %% [markdown]
@@ -274,12 +275,14 @@ elif not OWN_PICTURES:
         Image.fromarray(mask).save(own / "masks" / f"{i:02}.png")
 
 # %% [markdown]
-# `--dry-run` reads all files and stops after a summary. Without it, the same command trains. More
-# flags say what the values of your masks mean, which pictures are of one patient, and so on.
+# `--dry-run` reads all files and stops after a summary. Then train with the settings of section 5:
+# remove the `#` of the last line. More flags say what the values of your masks mean, which pictures
+# are of one patient, and so on.
 
 # %%
 folders = f"--dataset folder --images {own}/images --masks {own}/masks"
 run(f"train --workdir {RUNS}/own {folders} --dry-run")
+# run(f"train --workdir {RUNS}/own {folders} {network}")
 
 # %% [markdown]
 # Two trained models come with flax-unet, `pretrained` and `strong`. They segment polyps in pictures

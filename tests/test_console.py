@@ -103,6 +103,8 @@ def test_a_training_says_what_it_does_and_what_is_next(folders, capsys, monkeypa
             "looking at 20 masks",
             "loading 16 pictures of train",
             "loading 2 pictures of validation",
+            "warning: validation has only 2 of the pictures",
+            "warning: test has only 2 of the pictures",
             "compiling",
             "compiled in",
             "epoch 1/2  val dice 0.",
@@ -171,6 +173,15 @@ def test_a_task_says_how_long_it_took(capsys, monkeypatch):
         assert capsys.readouterr().out == expected
 
 
+def test_the_next_command_has_the_python_that_has_the_packages(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evaluate.py").touch()
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(program.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert program.command("evaluate") == ".venv/bin/python evaluate.py"
+
+
 @pytest.mark.parametrize(
     ("this", "expected"),
     [
@@ -183,6 +194,7 @@ def test_a_task_says_how_long_it_took(capsys, monkeypatch):
 )
 def test_the_next_command_is_one_that_works(this, expected, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(program.shutil, "which", lambda name: sys.executable)
     for folder in ("experiments", "some where", "flax_unet_cli"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "export.py").touch()

@@ -275,3 +275,9 @@ def test_a_name_that_is_not_utf8_is_named(tmp_path):
     )
     with pytest.raises(DataError, match=r"l\\xe9sion.png.*not UTF-8: rename it"):
         FolderSource(tmp_path / "images", tmp_path / "masks")
+
+
+def test_the_same_folder_twice_needs_a_way_to_tell_masks_from_images(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match="is given for images and for masks.*--mask-suffix"):
+        FolderSource(tmp_path, tmp_path)

@@ -207,6 +207,14 @@ def test_every_protocol_can_be_prepared(all_names_zip, tmp_path, protocol):
     assert names == PROTOCOLS[protocol]
 
 
+def test_a_protocol_of_ones_own_takes_names_as_tfds_returns_them_and_no_overlap():
+    protocol = tfds_kvasir.Protocol(name="mine", splits={"train": [b"a", "b"], "test": ["c"]})
+    assert protocol.splits == {"train": ["a", "b"], "test": ["c"]}
+    for splits in ({"train": ["a", "b"], "test": ["b"]}, {"train": ["b", "b"]}):
+        with pytest.raises(ValueError, match="protocol mine: 'b' is in two splits"):
+            tfds_kvasir.Protocol(name="mine", splits=splits)
+
+
 # Where the zip comes from
 
 
@@ -529,6 +537,7 @@ def test_tf_data_reads_the_same_copy(dummy):
         for key in ("image", "mask", "bboxes"):
             np.testing.assert_array_equal(one[key], other[key])
     skip = {"image": tfds.decode.SkipDecoding()}
+    assert int(builder.as_dataset("train[:2]").cardinality()) == 2
     (example,) = builder.as_dataset("test", decoders=skip).as_numpy_iterator()
     assert example["image"] == builder.as_data_source("test", decoders=skip)[0]["image"]
     batch = tfds.load(

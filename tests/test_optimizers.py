@@ -178,3 +178,8 @@ def test_batch_statistics_of_what_the_optimizer_never_changes_are_refused():
     run(tx, 1, model=BATCH_NORM, frozen=["down0"])
     slow = optax.multi_transform({"adam": optax.adam(1e-2), "zero": SGD}, labels)
     run(slow, 1, model=BATCH_NORM)
+
+
+def test_a_frozen_name_of_no_module_is_refused_by_the_step():
+    with pytest.raises(ValueError, match="frozen: there is no module 'dwn0': the modules are"):
+        run(optax.adam(1e-3), 1, frozen=["dwn0"])

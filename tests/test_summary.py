@@ -78,3 +78,11 @@ def test_arrays_know_their_facts_also_from_the_cache(tmp_path):
     first = data.load(source, 16, form, cache=tmp_path)
     assert [each.pixels["1"] for each in first.facts] == [81] * 3
     assert list(data.load(source, 16, form, cache=tmp_path).facts) == list(first.facts)
+
+
+def test_a_class_that_no_mask_has_is_named():
+    facts = [facts_of(spots((2, 2, 20, 20), value=2), (15, 10))]
+    splits = {"train": facts, "validation": facts}
+    text = summary.as_text(summary.summarise(splits, ("background", "disc", "ring")))
+    assert "warning: no mask of train has a pixel of class disc" in text
+    assert text.count("warning") == 1

@@ -99,3 +99,21 @@ def test_the_checksum_covers_both_files(name, file, tmp_path):
         shutil.copy(tmp_path / "other" / file, folder)
     with pytest.raises(ValueError, match="checksum"):
         pack.load(folder)
+
+
+def test_what_is_exported_keeps_the_terms_of_kvasir_seg(here, capsys):
+    onnx = pytest.importorskip("onnx")
+    assert export.main(["--model", "strong", "--out", "mine", "--onnx", "mine.onnx"]) == 0
+    assert "the model was trained on Kvasir-SEG" in capsys.readouterr().out
+    for text in (
+        (here / "mine" / "LICENSE").read_text(),
+        {x.key: x.value for x in onnx.load("mine.onnx").metadata_props}["terms"],
+    ):
+        assert "research and education only" in text and "10.1007/978-3-030-37734-2_37" in text
+
+
+def test_other_models_have_no_such_terms():
+    trained = runs.load_model("strong")
+    assert trained.terms
+    other = trained._replace(settings=runs.Settings(dataset="folder"))
+    assert other.terms == ""

@@ -14,11 +14,11 @@ from google.protobuf.json_format import ParseError
 from tensorflow_datasets.core import constants
 
 from tfds_kvasir.examples import SegmentationBuilder
-from tfds_kvasir.kvasir_seg.kvasir_seg_dataset_builder import PICTURES
+from tfds_kvasir.kvasir_seg.kvasir_seg_dataset_builder import PICTURES, Protocol
 from tfds_kvasir.synthetic_cells import synthetic_cells_dataset_builder  # noqa: F401
 from tfds_kvasir.synthetic_polyps import synthetic_polyps_dataset_builder  # noqa: F401
 
-__all__ = ["Source", "datasets", "open_splits", "sources"]
+__all__ = ["Protocol", "Source", "datasets", "open_splits", "sources"]
 
 #: The splits that a training program needs, and the features that may hold an example's name.
 SPLITS = ("train", "validation", "test")

@@ -60,7 +60,8 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
             spec[name] = tf.TensorSpec((), tf.string)
         read: Any = self.as_data_source  # decorated, so its type has no arguments
         source = read(split, decoders=decoders)
-        return tf.data.Dataset.from_generator(lambda: iter(source), output_signature=spec)
+        examples = tf.data.Dataset.from_generator(lambda: iter(source), output_signature=spec)
+        return examples.apply(tf.data.experimental.assert_cardinality(len(source)))
 
 
 def encode_mask(mask: np.ndarray) -> bytes:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -40,6 +41,19 @@ class Protocol(tfds.core.BuilderConfig):
     """
 
     splits: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        """Raises ValueError: a name is in two splits, or twice in one."""
+        self.splits = {  # TFDS returns names as bytes
+            split: [name.decode() if isinstance(name, bytes) else name for name in names]
+            for split, names in self.splits.items()
+        }
+        number = Counter(name for names in self.splits.values() for name in names)
+        if twice := [name for name, n in number.items() if n > 1]:
+            raise ValueError(
+                f"protocol {self.name}: {twice[0]!r} is in two splits, or twice in one "
+                f"({len(twice)} such names)"
+            )
 
 
 _DESCRIPTIONS = {
@@ -183,7 +197,8 @@ class Builder(SegmentationBuilder):
         if missing := [name for each in names.values() for name in each if name not in row]:
             raise ValueError(
                 f"{self.data_path} lacks {len(missing)} pictures of {self._protocol.name}, the "
-                f"first is {missing[0]}: delete it, and prepare it again from a complete zip"
+                f"first is {missing[0]!r}. If these are the names of its files, without .jpg, "
+                "delete it, and prepare it again from a complete zip"
             )
 
         def of(split) -> Rows:
