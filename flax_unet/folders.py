@@ -100,10 +100,16 @@ class FolderSource(Sequence):
                 "pictures in all): if nothing is there, give it one that is background everywhere"
             )
         if unpaired := sorted(image.keys() ^ mask.keys()):
+            only = [(images, image.keys() - mask.keys()), (masks, mask.keys() - image.keys())]
+            found = "; ".join(
+                f"{', '.join(map(repr, sorted(names)[:3]))}{', ...' if len(names) > 3 else ''} "
+                f"only in {folder}"
+                for folder, names in only
+                if names
+            )
             raise DataError(
-                f"{unpaired[0]!r} is only in {images if unpaired[0] in image else masks} "
-                f"({len(unpaired)} unpaired in all): give every picture a mask with the same name; "
-                "if masks are named NAME_mask, use --mask-suffix _mask"
+                f"files without a partner ({len(unpaired)}): {found}: give every picture a mask of "
+                "the same name, or say how the names differ, --mask-suffix or --image-suffix"
             )
         if not image and Path(images) == Path(masks):
             raise DataError(

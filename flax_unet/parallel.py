@@ -15,6 +15,9 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
+#: Errors that are listed; the others are counted.
+SHOWN = 5
+
 _LABEL: ContextVar[str | None] = ContextVar("label", default=None)
 
 
@@ -32,7 +35,7 @@ def map_all(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
     """The results of a function, computed on all cores; errors are collected.
 
     Raises:
-        DataError: some calls raised one; the message has those of all.
+        DataError: some calls raised one; the message has the first ones, and how many there are.
     """
 
     def call(item: S) -> tuple[T | None, DataError | None]:
@@ -53,8 +56,9 @@ def map_all(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
         pairs = list(results)
     errors = [error for _, error in pairs if error is not None]
     if len(errors) > 1:
-        shown = "\n  ".join(str(error) for error in errors[:20])
-        raise DataError(f"{len(errors)} pictures are unusable:\n  {shown}") from errors[0]
+        shown = "\n  ".join(str(error) for error in errors[:SHOWN])
+        more = f"\n  and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
+        raise DataError(f"{len(errors)} pictures are unusable:\n  {shown}{more}") from errors[0]
     if errors:
         raise errors[0]
     return [result for result, _ in pairs]  # type: ignore[misc]

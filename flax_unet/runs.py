@@ -423,6 +423,11 @@ def check_workdir(workdir: Path, new: dict[str, Any]) -> tuple[dict[str, Any], s
         changes[f"pictures of the {split} split"] = changes.pop(split)
     if not getattr(recipes, new["training"]["optimizer"]["name"]).fixed_length:
         changes.pop("epochs", None)
+    if changes.keys() == {"epochs"}:
+        raise ValueError(
+            f"{workdir} holds a run with other settings ({_as_text(changes)}), whose learning rate "
+            "falls over all epochs: to train on, use --init with it and another --workdir"
+        )
     if changes:
         raise ValueError(
             f"{workdir} holds a run with other settings ({_as_text(changes)}): choose another "

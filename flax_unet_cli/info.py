@@ -79,7 +79,9 @@ def report(workdir: Path | None = None) -> Iterator[str]:
         "cache": cache,
         "environment": environment,
     }
-    if workdir is not None:
+    if workdir is not None and not workdir.expanduser().is_dir():
+        parts["workdir"] = lambda: f"there is no folder {workdir}"
+    elif workdir is not None:
         parts |= {
             "workdir": lambda: str(workdir.expanduser().absolute()),
             "settings": lambda: settings(workdir),
@@ -87,7 +89,7 @@ def report(workdir: Path | None = None) -> Iterator[str]:
             "data": lambda: data(workdir),
             "made with": lambda: made_with(workdir),
         }
-    if workdir is not None and not (workdir / "model.json").is_file():
+    if "settings" in parts and workdir and not (workdir / "model.json").is_file():
         parts |= {"steps": lambda: steps(workdir), "epochs": lambda: epochs(workdir)}
     for label, part in parts.items():
         try:

@@ -100,7 +100,7 @@ if SAVE_IN_DRIVE or DATA == "drive":
 if DATA == "upload":
     from google.colab import files
 
-    (name,) = files.upload()
+    name, *_ = files.upload()  # one file
     os.environ["KVASIR_SEG_ZIP"] = str(Path(name).absolute())
 if DATA == "drive":
     os.environ["KVASIR_SEG_ZIP"] = "/content/drive/MyDrive/kvasir-seg.zip"
@@ -264,7 +264,7 @@ if OWN_PICTURES == "upload":
 
     from google.colab import files
 
-    (name,) = files.upload()
+    name, *_ = files.upload()  # one file
     shutil.unpack_archive(name, own)
 elif not OWN_PICTURES:
     for folder in ("images", "masks"):

@@ -30,6 +30,8 @@ def test_help_has_examples_and_no_none(name, capsys, monkeypatch):
     text = help_of(name, capsys)
     assert "None" not in text and re.search(r"examples?:\n  flax-unet", text)
     commands = re.findall(r"^  flax-unet (\S+) (.*)$", text, re.M)
+    if name == "info":  # reads its flags itself
+        return
     ran = []
     monkeypatch.setattr(MODULES[name], "run", ran.append)
     for other, words in commands:

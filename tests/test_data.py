@@ -169,8 +169,8 @@ def test_a_folder_is_paired_by_stem(folders):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda i, m: (m / "p04.png").unlink(), "'p04' is only in .*images"),
-        (lambda i, m: (i / "p04.png").unlink(), "'p04' is only in .*masks"),
+        (lambda i, m: (m / "p04.png").unlink(), "without a partner .1.: 'p04' only in .*images"),
+        (lambda i, m: (i / "p04.png").unlink(), "without a partner .1.: 'p04' only in .*masks"),
         (lambda i, m: (i / "p04.bmp").write_bytes(b""), "p04.* have the same name"),
         (lambda i, m: [f.unlink() for f in [*i.iterdir(), *m.iterdir()]], "has no pictures"),
         (lambda i, m: i.rename(i.with_name("elsewhere")), "images is not a folder"),

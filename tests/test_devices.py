@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 from flax_unet import augment, checkpoint, data, devices, losses, predict, runs, train
@@ -267,6 +269,61 @@ def test_prediction_on_several_devices_writes_the_same_masks(folders, alone, tmp
         np.testing.assert_array_equal(one, four)
 
 
+def abstract_step(mesh, model, tx, rows):
+    """A step, and the shapes of its arguments on a mesh; the data set is on each device."""
+    entire, split = (
+        NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("batch"))
+    )
+
+    def array(shape, dtype, place):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    state = jax.eval_shape(
+        lambda: train.create_train_state(model, tx, jax.random.key(0), (1, 32, 32, 3))
+    )
+    state = jax.tree.map(lambda x: array(x.shape, x.dtype, entire), state)
+    batch = {
+        "image": array((640, 32, 32, 3), np.uint8, entire),
+        "mask": array((640, 32, 32, 1), np.uint8, entire),
+        "index": array((rows,), np.int32, split),
+        "weight": array((rows,), np.float32, split),
+    }
+    step = functools.partial(train.train_step, model=model, tx=tx, loss_fn=losses.bce)
+    placed = jax.tree.map(lambda _: entire, state)
+    step = jax.jit(step, out_shardings=(placed, entire), donate_argnums=0)
+    return step, (state, batch, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def communicated(program, operation):
+    """The number of entries that each operation of this kind returns, in XLA's text."""
+    lines = re.findall(rf"= (.*?) {operation}(?:-start)?\(", program)
+    shapes = (re.findall(r"\w\d+\[([\d,]*)\]", line) for line in lines)
+    return [sum(int(np.prod([int(n) for n in x.split(",") if n])) for x in each) for each in shapes]
+
+
+def test_a_step_adds_the_gradients_once_and_gathers_no_data_set():
+    model, tx = UNet(features=(8, 16, 32), norm="batch"), optax.adam(1e-3)
+    step, arguments = abstract_step(devices.make_mesh(4), model, tx, rows=8)
+    program = step.lower(*arguments).compile().as_text()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(arguments[0].params))
+    sums = communicated(program, "all-reduce")
+    assert parameters < sum(sums) < 1.05 * parameters  # and the sums of batch norm
+    assert len([n for n in sums if n > 1000]) <= 2
+    assert sum(communicated(program, "all-gather")) <= 32  # the counts of 8 images
+    for operation in ("all-to-all", "collective-permute", "reduce-scatter"):
+        assert communicated(program, operation) == []
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("n", [8, 256])
+def test_a_step_is_lowered_for_more_devices_than_there_are(platform, n):
+    mesh = AbstractMesh((n,), ("batch",), axis_types=(AxisType.Auto,))
+    model, tx = UNet(features=(4, 8), norm="batch"), optax.adam(1e-3)
+    step, arguments = abstract_step(mesh, model, tx, rows=n)
+    text = step.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    assert f'"batch"={n}' in text
+
+
 class Wide(nn.Module):
     """Arrays that are split, and some that are not; without batch statistics or dropout."""
 
@@ -290,8 +347,8 @@ def test_a_state_that_is_split_over_the_devices_trains_as_one_that_is_not():
             state, result = step(state, make_batch(5, seed), jax.random.key(1))
             results.append(jax.device_get(result))
         states.append(state)
-    assert split_over[(3, 3, 64, 130)] == jax.sharding.PartitionSpec(None, None, ("batch",))
-    assert split_over[(3, 3, 3, 64)] == jax.sharding.PartitionSpec()  # small
+    assert split_over[(3, 3, 64, 130)] == PartitionSpec(None, None, ("batch",))
+    assert split_over[(3, 3, 3, 64)] == PartitionSpec()  # small
     after = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(states[1])}
     assert after == split_over
     parts = [

@@ -11,6 +11,7 @@ from flax_unet import data, formats
 from flax_unet.classes import IGNORE
 from flax_unet.formats import BINARY, MaskFormat
 from flax_unet.images import RGB
+from flax_unet.parallel import map_all
 from flax_unet.pictures import DataError, open_picture
 
 
@@ -358,3 +359,13 @@ def test_a_mask_that_is_not_finite_is_refused(declared):
     mask = Image.fromarray(np.array([[0, 1], [np.nan, 1]], np.float32))
     with pytest.raises(DataError, match="m: it has values that are not finite"):
         formats.read(mask, formats.find([], **declared), "m")
+
+
+def test_of_many_errors_the_first_are_shown_and_the_others_counted():
+    def fail(i):
+        raise DataError(f"mask {i} is bad")
+
+    with pytest.raises(
+        DataError, match="8 pictures are unusable:(\n  mask [0-4] is bad){5}\n  and 3 more$"
+    ):
+        map_all(fail, range(8))
