@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -262,3 +263,24 @@ def test_the_order_depends_on_seed_and_epoch_only():
     np.testing.assert_array_equal(
         a[:5], [0, 8, 1, 28, 26]
     )  # old runs must be resumed in this order
+
+
+def test_a_stream_of_a_million_entries_reads_only_what_comes_next():
+    pytest.importorskip("grain")
+    reads = []
+
+    class Drawn(Sequence):
+        def __len__(self):
+            return 1_000_000
+
+        def __getitem__(self, i):
+            reads.append(i)
+            mask = np.full((4, 4), i % 2, np.uint8)
+            picture = np.full((4, 4, 3), i % 256, np.uint8)
+            return {"name": str(i), "image": encode(picture), "mask": encode(mask)}
+
+    order = data.shuffled(1_000_000, seed=0, epoch=3)[800_000:]  # the rest of an epoch
+    batches = data.stream(Drawn(), 4, 8, order, mask_format=BINARY, image_format=RGB)
+    first = next(batches)
+    assert first["image"][:, 0, 0, 0].tolist() == [i % 256 for i in order[:8]]
+    assert {*reads} <= {*order[:200].tolist()}  # with what is decoded ahead
