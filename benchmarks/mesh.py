@@ -5,11 +5,7 @@ rows are gathered from a resident data set, as in training.
 """
 
 import statistics
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import numpy as np

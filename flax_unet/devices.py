@@ -49,8 +49,8 @@ def split(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
-    """A tree of arrays, entire on each device; without a mesh on the first one."""
-    return jax.device_put(tree, jax.devices()[0] if mesh is None else replicated(mesh))
+    """A tree of arrays, entire on each device; without a mesh on JAX's default one."""
+    return jax.device_put(tree, None if mesh is None else replicated(mesh))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

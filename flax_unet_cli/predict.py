@@ -191,6 +191,8 @@ def run(options: Options) -> int:
     if videos:
         video.ffmpeg()  # whether it is installed
     options.out.mkdir(parents=True, exist_ok=True)
+    if context.trained.terms:
+        print(f"the model was {context.trained.terms}", flush=True)
     print(f"segmenting {len(plan.tasks)} pictures and videos, after compiling", flush=True)
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -212,8 +214,6 @@ def run(options: Options) -> int:
 
 def _load(options: Options) -> Context:
     trained = runs.load_model(options.workdir, options.checkpoint)
-    if trained.terms:
-        print(f"the model was {trained.terms}", flush=True)
     model, size = trained.predictor(
         flips=options.flips,
         window=options.window,

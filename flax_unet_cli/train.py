@@ -331,8 +331,8 @@ def summarise_data(sources: Sources, pictures: Pictures, mask_format: MaskFormat
     print(summary.as_text(content))
     others = {split: len(source) for split, source in sources.items() if split not in content}
     print("".join(f"{split}: {n} pictures\n" for split, n in others.items()), end="")
-    for split in content.keys() | others.keys():
-        if (n := len(sources[split])) < FEW and split != "train":
+    for split, source in sources.items():
+        if (n := len(source)) < FEW and split != "train":
             print(f"warning: {split} has only {n} of the pictures: its scores will say little")
     facts = () if pictures.train is None else pictures.train.facts
     if facts and not any(one.resized.keys() - {"0"} for one in facts):

@@ -19,11 +19,13 @@ def own_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def one_device():
     """Programs use one of the fake devices, unless a test says --devices."""
     make_mesh = devices.make_mesh
-    monkeypatch.setattr(devices, "make_mesh", lambda n=None: make_mesh(1 if n is None else n))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "make_mesh", lambda n=None: make_mesh(1 if n is None else n))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,8 @@ case "$1" in train) {_SHORTEN} ;; esac
 exec "{sys.executable}" -m flax_unet_cli "$@\"""",
     "make": f'exec "{shutil.which("make")}" --dry-run --directory "{ROOT}" "$@"',
     "pip": 'echo "$@" >> pip.log',
-    "git": 'mkdir "$3"',  # git clone URL FOLDER
+    # git clone URL FOLDER, in which make will not install anything
+    "git": 'mkdir -p "$3/.venv/bin" && touch "$3/.venv/bin/activate"',
 }
 
 User = tuple[Path, dict[str, str]]

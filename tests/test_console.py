@@ -202,3 +202,11 @@ def test_the_next_command_is_one_that_works(this, expected, monkeypatch, tmp_pat
         (tmp_path / folder / "export.py").touch()
     monkeypatch.setattr(sys, "argv", [this])
     assert program.command("export", "--out", tmp_path / "a b") == expected
+
+
+def test_the_obvious_command_says_first_how_long_it_takes(tmp_path, capsys):
+    flags = ["--workdir", str(tmp_path / "run"), "--data-dir", str(tmp_path)]
+    assert train.main([*flags, "--kvasir-zip", str(tmp_path / "no.zip")]) == 1
+    assert capsys.readouterr().out.startswith(
+        "note: 100 epochs of recipe unet take 7.2 hours on 2 CPU cores; --recipe pretrained"
+    )

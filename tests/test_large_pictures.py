@@ -195,9 +195,9 @@ def test_an_onnx_model_stands_in_for_the_network_in_windows(run):
 def test_what_does_not_fit_is_streamed_and_trains_the_same(
     folders, run, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(train.crops, "memory", lambda: 1000)
+    monkeypatch.setattr(train.devices, "memory", lambda: 1000)
     assert train.main(flags(folders, tmp_path / "run", "--epochs", "4")) == 0
-    assert "they are decoded for each crop, as with --stream" in capsys.readouterr().out
+    assert "they are decoded again in each epoch, as with --stream" in capsys.readouterr().out
     a, b = (runs.load_model(each, "latest") for each in (run, tmp_path / "run"))
     for x, y in zip(*(map(np.asarray, jax_leaves(t.variables)) for t in (a, b)), strict=True):
         np.testing.assert_array_equal(x, y)

@@ -152,9 +152,9 @@ FLAGS = [
 
 def test_an_old_run_is_resumed_to_its_old_end(capsys):
     assert flax_unet_cli.train.main(FLAGS) == 0
-    out = capsys.readouterr().out
+    out, error = capsys.readouterr()
     assert "resuming after step 4" in out
-    [warning] = [line for line in out.splitlines() if line.startswith("warning: ")]
+    [warning] = [line for line in error.splitlines() if line.startswith("warning: ")]
     changes = warning.removeprefix("warning: resuming with other versions, device or places: ")
     changed = {change.split(": ")[0] for change in changes.split(", ")}
     assert changed <= {

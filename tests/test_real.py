@@ -70,7 +70,7 @@ def test_medico_has_no_test_split_and_its_latest_checkpoint_is_scored(data_dir, 
     settings = f"--workdir {workdir} --data-dir {data_dir} --protocol medico --epochs 1"
     small = "--features 8 16 --image-size 32"
     assert train_program.main(f"{settings} {small}".split()) == 0
-    assert "recipe unet takes about 4 minutes per epoch" in capsys.readouterr().out
+    assert "hours on 2 CPU cores" not in capsys.readouterr().out  # small images take less
     assert evaluate_program.main(["--workdir", str(workdir)]) == 1
     error = capsys.readouterr().err
     assert "medico has no split 'test': choose one of train, validation" in error

@@ -377,8 +377,8 @@ def test_the_program_passes_its_flags_on(models, flips, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert f" is http://127.0.0.1:{seen['address'][1]}/ " in output and "warning" not in output
     assert serve.main([*flags, "--host", "0.0.0.0"]) == ended
-    output = capsys.readouterr().out
-    assert "warning: everyone who reaches this machine" in output
+    output, error = capsys.readouterr()
+    assert "warning: everyone who reaches this machine" in error
     assert f"http://{socket.gethostname().lower()}:" in output
 
 
@@ -387,6 +387,7 @@ def test_ctrl_c_ends_it_in_one_line(models):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen([*command, "--port", "0"], **pipes, env=os.environ)
     try:
+        assert process.stdout.readline() == "compiling\n"
         line = process.stdout.readline()
         assert "http://127.0.0.1:" in line, line
         port = int(line.split("127.0.0.1:")[1].split("/")[0])
