@@ -388,6 +388,7 @@ def test_ctrl_c_ends_it_in_one_line(models):
     process = subprocess.Popen([*command, "--port", "0"], **pipes, env=os.environ)
     try:
         assert process.stdout.readline() == "compiling\n"
+        assert process.stdout.readline().startswith("the model was trained on Kvasir-SEG: ")
         line = process.stdout.readline()
         assert "http://127.0.0.1:" in line, line
         port = int(line.split("127.0.0.1:")[1].split("/")[0])
