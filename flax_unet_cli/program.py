@@ -131,11 +131,9 @@ def command(program: str, *words: str | Path) -> str:
     this = Path(sys.argv[0])
     start, sibling = f"flax-unet {program}", this.with_name(f"{program}.py")
     if this.name != "__main__.py" and sibling.is_file():  # not so in a notebook
-        python = shutil.which("python") or ""
-        if not os.path.exists(python) or not os.path.samefile(python, sys.executable):
-            python = os.path.relpath(sys.executable)
-        else:
-            python = "python"
+        found = shutil.which("python")
+        same = found is not None and os.path.samefile(found, sys.executable)
+        python = "python" if same else os.path.relpath(sys.executable)
         start = f"{shlex.quote(python)} {shlex.quote(str(sibling))}"
     here = Path.cwd()
     texts = (
