@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from flax_unet import devices, processes
 from flax_unet.train import TrainState
 
 Which = Literal["latest", "best"]
@@ -96,11 +97,8 @@ def open_checkpoints(
     """
     check_folder(folder)
     folder = Path(folder).absolute()
-    if not read_only and folder.is_dir():
-        readable = _readable_names(folder)
-        for entry in folder.iterdir():
-            if entry.name.isdigit() and not (_complete(entry) and entry.name in readable):
-                _set_aside(entry, "it is no checkpoint")
+    if not read_only:
+        processes.first(lambda: _set_others_aside(folder))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=_LatestAndBest(folder),
         step_name_format=_ReadableNames(),
@@ -116,8 +114,9 @@ def open_checkpoints(
         raise CheckpointError(f"{folder} is damaged: {error}") from error
     try:
         yield checkpoints
-    except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to report
+    except BaseException as error:
+        # The first error is the one to report. Other processes may not come to what this waits for.
+        with processes.within(processes.PATIENCE, error=error), contextlib.suppress(Exception):
             checkpoints.close()
         raise
     with _saving(folder):
@@ -153,6 +152,16 @@ def _folder(checkpoints: ocp.CheckpointManager, step: int) -> Path:
     return Path(checkpoints.directory) / str(step)
 
 
+def _set_others_aside(folder: Path) -> None:
+    """Rename what has a step's name and is no checkpoint."""
+    if not folder.is_dir():
+        return
+    readable = _readable_names(folder)
+    for entry in folder.iterdir():
+        if entry.name.isdigit() and not (_complete(entry) and entry.name in readable):
+            _set_aside(entry, "it is no checkpoint")
+
+
 def _set_aside(entry: Path, reason: str) -> None:
     """Rename an entry, so that nothing is lost and a step can have its name."""
     names = (entry.with_name(f"damaged-{entry.name}{'+' * i}") for i in range(100))
@@ -164,7 +173,8 @@ def _checksum(tree: Any) -> int:
     """CRC-32 over the entries of all arrays of a tree, in order."""
     value = 0
     for leaf in jax.tree.leaves(tree):
-        value = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, value)
+        entries = np.ascontiguousarray(devices.on_host(leaf))
+        value = zlib.crc32(entries.reshape(-1).view(np.uint8).data, value)
     return value
 
 
@@ -266,13 +276,15 @@ def finish(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
 def restore(
     checkpoints: ocp.CheckpointManager, abstract: TrainState, which: Which = "latest"
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The saved state, on the first device, and its progress.
+    """The saved state, on the first device or where `abstract` says, and its progress.
 
     A step that is damaged is named in a warning, and the next one is taken.
 
     Args:
         checkpoints: from `open_checkpoints`.
-        abstract: shapes and types, from `jax.eval_shape` of `create_train_state`.
+        abstract: shapes and types, from `jax.eval_shape` of `create_train_state`. Arrays that it
+            places on a mesh, see `devices.abstract`, are restored there if it splits them, or if
+            the mesh has devices of several processes.
         which: `latest`, or `best` by validation Dice.
 
     Raises:
@@ -401,8 +413,12 @@ def set_aside_damaged(checkpoints: ocp.CheckpointManager, abstract: TrainState) 
             failures[step] = error
     if failures and len(failures) == len(steps):
         raise failures[max(failures)]
-    for step, error in failures.items():
-        _set_aside(_folder(checkpoints, step), str(error))
+
+    def set_aside() -> None:
+        for step, error in failures.items():
+            _set_aside(_folder(checkpoints, step), str(error))
+
+    processes.first(set_aside)
     checkpoints.reload()
 
 
@@ -414,7 +430,7 @@ def _read_state(
     Raises:
         CheckpointError: they are damaged or of another model or optimizer.
     """
-    state = ocp.args.StandardRestore(_on_first_device(abstract))
+    state = ocp.args.StandardRestore(_target(abstract))
     restored = _restore(checkpoints, step, state=state, progress=ocp.args.JsonRestore())
     _compare(
         checkpoints,
@@ -432,20 +448,20 @@ def _read_variables(checkpoints: ocp.CheckpointManager, step: int, abstract: Any
         CheckpointError: they are damaged or of another model.
     """
     if (_folder(checkpoints, step) / "variables").exists():
-        target = ocp.args.StandardRestore(_on_first_device(abstract))
+        target = ocp.args.StandardRestore(_target(abstract))
         variables = _restore(checkpoints, step, variables=target)["variables"]
         _compare(checkpoints, step, variables=_checksum(variables))
         return variables
     if _record(_folder(checkpoints, step)):
         raise CheckpointError(f"{_folder(checkpoints, step)} is damaged: it has no variables")
     # Written by version 0.1.0, which saved only the state; perhaps on a device that is not here.
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = ocp.args.StandardRestore(fallback_sharding=here)
     state = _restore(checkpoints, step, state=target)["state"]
     variables = {"params": _average(state["opt_state"]) or state["params"], **state["model_state"]}
     if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, abstract):
         raise CheckpointError(f"{_folder(checkpoints, step)} does not fit the model")
-    return jax.device_put(variables, jax.devices()[0])
+    return jax.device_put(variables, jax.local_devices()[0])
 
 
 def _compare(checkpoints: ocp.CheckpointManager, step: int, **found: int) -> None:
@@ -471,11 +487,16 @@ def _average(node: Any) -> Any:
     return next(filter(None, map(_average, children)), None)
 
 
-def _on_first_device(abstract: Any) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
-    )
+def _target(abstract: Any) -> Any:
+    """Where to restore arrays: on the first device, or where they are on several, see `restore`."""
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def target(leaf: Any) -> jax.ShapeDtypeStruct:
+        own = getattr(leaf, "sharding", None)
+        one = own is None or (own.is_fully_addressable and own.is_fully_replicated)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=first if one else own)
+
+    return jax.tree.map(target, abstract)
 
 
 def _restore(checkpoints: ocp.CheckpointManager, step: int, **items: Any) -> Any:

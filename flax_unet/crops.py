@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from flax_unet import data, summary
 from flax_unet.classes import IGNORE
@@ -258,10 +259,12 @@ def stream(
     epoch: int,
     mask_format: MaskFormat,
     image_format: ImageFormat,
+    mesh: Mesh | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The batches of `batches`, from pictures that are decoded for each crop on all cores.
 
-    Needs grain, the extra `stream`. For the arguments see `batches` and `data.load`.
+    Needs grain, the extra `stream`. For the arguments see `batches`, `data.load` and
+    `data.decoded_batches`.
     """
 
     def frame(i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -270,7 +273,7 @@ def stream(
         corner = _corner(crops, top, left)
         return _frame(image, corner, crops.frame, 0), _frame(mask, corner, crops.frame, IGNORE)
 
-    yield from data.decoded_batches(frame, order, batch_size)
+    yield from data.decoded_batches(frame, order, batch_size, mesh)
 
 
 def _frame(array: np.ndarray, corner: Size, frame: Size, outside: int) -> np.ndarray:

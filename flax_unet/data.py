@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ import PIL
 from jax.sharding import Mesh
 from PIL import Image
 
-from flax_unet import classes, devices, formats, images, summary
+from flax_unet import classes, devices, formats, images, processes, summary
 from flax_unet.folders import SPLITS as SPLITS
 from flax_unet.folders import FolderSource as FolderSource
 from flax_unet.folders import list_pictures as list_pictures
@@ -125,10 +126,23 @@ def _check_pair(
 def fingerprint(source: Sequence[dict[str, Any]], pictures: dict[bytes, str] | None = None) -> str:
     """SHA-256 of the names and encoded bytes of a source, in order.
 
+    Of several processes the first one reads them.
+
     Args:
         source: see above.
         pictures: if given, the SHA-256 of each image is added, and its name.
     """
+
+    def read() -> tuple[str, dict[bytes, str] | None]:
+        return _fingerprint(source, pictures), pictures
+
+    digest, found = processes.first(read)
+    if pictures is not None and found is not None:
+        pictures.update(found)
+    return digest
+
+
+def _fingerprint(source: Sequence[dict[str, Any]], pictures: dict[bytes, str] | None) -> str:
     digest = hashlib.sha256()
     for i in range(len(source)):
         example = source[i]
@@ -171,7 +185,7 @@ def load(
     if not len(source):
         raise DataError("the source has no examples: check the folder or the split")
     size = (size, size) if isinstance(size, int) else size
-    content, file = fingerprint(source, pictures), None
+    content, file, stored = fingerprint(source, pictures), None, None
     mask_format = mask_format or formats.find(source)
     image_format = image_format or images.find(source)
     if cache is not None:
@@ -180,15 +194,17 @@ def load(
         key = f"4-{content[:32]}-{meaning}-{size[0]}x{size[1]}-pillow{PIL.__version__}"
         file = Path(cache).expanduser() / f"{key}.npz"
         try:
-            with zipfile.ZipFile(file) as archive, np.load(file) as stored:
-                names = stored["name"].tolist()
-                known = [Facts(*each) for each in json.loads(str(stored["facts"]))]
-                both = stored["image"], stored["mask"]
+            with zipfile.ZipFile(file) as archive, np.load(file) as content_of:
+                names = content_of["name"].tolist()
+                known = [Facts(*each) for each in json.loads(str(content_of["facts"]))]
+                both = content_of["image"], content_of["mask"]
                 # NumPy compares no checksum if the shape that it reads is too small.
                 if archive.testzip() is None and len(names) == len(source):
-                    return Arrays(*both, names, content, mask_format, known, image_format)
+                    stored = Arrays(*both, names, content, mask_format, known, image_format)
         except Exception:  # missing, or damaged, of which zipfile and NumPy raise a dozen kinds
             pass  # decode again
+    if all(processes.each(lambda: stored is not None)):
+        return stored  # type: ignore[return-value]
 
     def decode(i: int) -> tuple[np.ndarray, np.ndarray, str, Facts]:
         image, resized, name, mask = decode_resized(source, i, size, mask_format, image_format)
@@ -197,8 +213,8 @@ def load(
     resized, masks, names, known = zip(*map_all(decode, range(len(source))), strict=True)
     stacked = np.stack(resized), np.stack(masks)
     arrays = Arrays(*stacked, list(names), content, mask_format, known, image_format)
-    if file is not None:
-        part = file.with_suffix(f".{os.getpid()}.part")
+    if file is not None and processes.first_of_host():
+        part = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.part")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as stream:
@@ -302,6 +318,7 @@ def stream(
     *,
     mask_format: MaskFormat,
     image_format: ImageFormat,
+    mesh: Mesh | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The batches of `batches`, decoded and resized on all cores while they are consumed.
 
@@ -311,6 +328,7 @@ def stream(
     Args:
         source, size, mask_format, image_format: as `load` takes them.
         batch_size, order: as `batches` takes them.
+        mesh: see `decoded_batches`.
 
     Raises:
         DataError: an entry of the source is unusable.
@@ -319,27 +337,42 @@ def stream(
     formats = {"mask_format": mask_format, "image_format": image_format}
     order = np.arange(len(source)) if order is None else order
     decode = partial(decode_resized, source, size=size, **formats)
-    yield from decoded_batches(decode, order, batch_size)
+    yield from decoded_batches(decode, order, batch_size, mesh)
 
 
 def decoded_batches(
-    decode: Callable[[int], Sequence[Any]], order: np.ndarray, batch_size: int
+    decode: Callable[[int], Sequence[Any]],
+    order: np.ndarray,
+    batch_size: int,
+    mesh: Mesh | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Batches of what a function makes of each index, on all cores while they are consumed.
 
     Args:
         decode: an index to image, mask, and perhaps more.
         order, batch_size: as `batches` takes them.
+        mesh: if it has devices of several processes, each decodes those images of a batch that its
+            devices get. `image` and `mask` are then on the mesh already, filled as by
+            `devices.put`.
     """
     import grain
 
-    def stack(examples: Sequence[Sequence[Any]]) -> dict[str, np.ndarray]:
-        index, weight = pad(np.arange(len(examples)), batch_size)
-        images, masks = ([examples[i][part] for i in index] for part in (0, 1))
-        return {"image": np.stack(images), "mask": np.stack(masks), "weight": weight}
+    rows = devices.rows_here(batch_size, mesh)
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if rows is None:
+        here, size = order, batch_size
+    else:
+        filled = [np.resize(pad(part, batch_size)[0], rows.max() + 1)[rows] for part in parts]
+        here, size = np.array(filled, int).ravel(), len(rows)
 
-    read_options = grain.ReadOptions(
-        num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * batch_size
-    )
-    decoded = grain.MapDataset.source(order.tolist()).map(decode)
-    yield from decoded.to_iter_dataset(read_options).batch(batch_size, batch_fn=stack)
+    def stack(examples: Sequence[Sequence[Any]]) -> list[np.ndarray]:
+        index, _ = pad(np.arange(len(examples)), size)
+        return [np.stack([examples[i][part] for i in index]) for part in (0, 1)]
+
+    read_options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * size)
+    decoded = grain.MapDataset.source(here.tolist()).map(decode)
+    batches = decoded.to_iter_dataset(read_options).batch(size, batch_fn=stack)
+    for part, (image, mask) in zip(parts, batches, strict=True):
+        if rows is not None and mesh is not None:
+            image, mask = (devices.join(x, batch_size, mesh) for x in (image, mask))
+        yield {"image": image, "mask": mask, "weight": pad(part, batch_size)[1]}

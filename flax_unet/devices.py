@@ -2,6 +2,9 @@
 
 A batch is split over the devices along its first axis. What all of them need is copied to each: the
 state, and a data set that stays on the devices. XLA adds what has to be added over all of them.
+
+A mesh may have devices of several processes, see `processes`. An array on it is then made from what
+each process has in memory, the same in all of them, and each copies what its own devices need.
 """
 
 import os
@@ -11,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -18,9 +22,11 @@ def make_mesh(n: int | None = None) -> Mesh | None:
     """A mesh over the first n devices, by default over all; None for one, which needs no mesh.
 
     Raises:
-        ValueError: there are fewer devices.
+        ValueError: there are fewer devices, or several processes, which share all of theirs.
     """
     devices = jax.devices()
+    if n is not None and jax.process_count() > 1:
+        raise ValueError("--devices: several processes use all of their devices")
     n = len(devices) if n is None else n
     if not 1 <= n <= len(devices):
         raise ValueError(f"--devices {n}: jax finds {len(devices)}: {devices[:8]}")
@@ -30,8 +36,8 @@ def make_mesh(n: int | None = None) -> Mesh | None:
 
 
 def memory() -> int:
-    """Bytes of the first device, or of the computer if the device does not say."""
-    if limit := (jax.devices()[0].memory_stats() or {}).get("bytes_limit"):
+    """Bytes of the first device here, or of the computer if the device does not say."""
+    if limit := (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"):
         return limit
     if not hasattr(os, "sysconf"):  # Windows
         return 8_000_000_000
@@ -50,7 +56,54 @@ def split(mesh: Mesh) -> NamedSharding:
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
     """A tree of arrays, entire on each device; without a mesh on JAX's default one."""
-    return jax.device_put(tree, None if mesh is None else replicated(mesh))
+    sharding = None if mesh is None else replicated(mesh)
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda x: place(x, sharding), tree)
+
+
+def place(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that is on all devices of a sharding already, or in the memory of each process."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if not is_here(x):
+        same = x.sharding.is_equivalent_to(sharding, x.ndim)
+        return x if same else jax.jit(lambda x: x, out_shardings=sharding)(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        bits = place(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(x))
+    # `device_put` would compare the arrays of all processes.
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+
+
+def is_here(x: Any) -> bool:
+    """Whether this process has an entire array, on its devices or in memory."""
+    return not isinstance(x, jax.Array) or x.is_fully_addressable
+
+
+def here(x: Any) -> Any:
+    """What this process has of an array that is split along its first axis, or all of it."""
+    if is_here(x):
+        return x
+    if x.is_fully_replicated:
+        return x.addressable_data(0)
+    return np.concatenate([np.asarray(shard.data) for shard in x.addressable_shards])
+
+
+def entire(tree: Any) -> Any:
+    """A tree with arrays that this process has alone; all processes must call this."""
+
+    def of(x: Any) -> Any:
+        return x if is_here(x) else here(x) if x.is_fully_replicated else on_host(x)
+
+    return jax.tree.map(of, tree)
+
+
+def on_host(x: Any) -> np.ndarray:
+    """An entire array as one of NumPy. All processes must call this."""
+    if is_here(x) or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -72,18 +125,26 @@ def shard(tree: Any, mesh: Mesh) -> Any:
     For a state that does not fit on one device (FSDP, ZeRO): each holds about 1/n of it, and XLA
     gathers an array where a layer needs it. Arrays of less than 4096 entries are copied to each.
     """
-    return jax.device_put(tree, shardings(tree, mesh))
+    return jax.tree.map(place, tree, shardings(tree, mesh))
+
+
+def abstract(tree: Any, mesh: Mesh, *, split: bool) -> Any:
+    """Shapes and types of a tree, with places as of `shard` or of `replicate`."""
+    places = shardings(tree, mesh) if split else jax.tree.map(lambda _: replicated(mesh), tree)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, places
+    )
 
 
 def spread(tree: Any, mesh: Mesh) -> Any:
     """A tree of arrays on all devices of a mesh: as they are if they are there, else replicated."""
     everywhere = set(mesh.devices.flat)
 
-    def place(x: Any) -> Any:
+    def spread_one(x: Any) -> Any:
         there = isinstance(x, jax.Array) and x.sharding.device_set == everywhere
-        return x if there else jax.device_put(x, replicated(mesh))
+        return x if there else place(x, replicated(mesh))
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(spread_one, tree)
 
 
 def put(batch: Mapping[str, Any], mesh: Mesh | None) -> Mapping[str, Any]:
@@ -91,7 +152,7 @@ def put(batch: Mapping[str, Any], mesh: Mesh | None) -> Mapping[str, Any]:
 
     It gets copies of rows, of weight 0, until the devices have equally many. Of a data set whose
     rows are in `index` only these are split; the data set itself is copied to each device, unless
-    it is on all of them already, in whatever way.
+    it is on all of them already, in whatever way. What `join` has put together is there, too.
     """
     if mesh is None:
         return batch
@@ -99,16 +160,36 @@ def put(batch: Mapping[str, Any], mesh: Mesh | None) -> Mapping[str, Any]:
     rows = np.resize(np.arange(n), n + -n % mesh.size)
     entire = {"image", "mask", "pixel_weight"} if "index" in batch else set()
 
-    def place(name: str, array: Any) -> Any:
+    def put_one(name: str, array: Any) -> Any:
         if name in entire:
             return spread(array, mesh)
+        if not is_here(array):
+            return array
         if len(rows) > n:
             array = array[rows]
         if name == "weight":
             array = jnp.where(np.arange(len(rows)) < n, array, 0)
-        return jax.device_put(array, split(mesh))
+        return place(array, split(mesh))
 
-    return {name: place(name, array) for name, array in batch.items()}
+    return {name: put_one(name, array) for name, array in batch.items()}
+
+
+def rows_here(n: int, mesh: Mesh | None) -> np.ndarray | None:
+    """Which rows of a batch of n, filled as by `put`, this process feeds to its devices.
+
+    None if they are all on devices of this process.
+    """
+    if mesh is None or split(mesh).is_fully_addressable:
+        return None
+    total = n + -n % mesh.size
+    parts = split(mesh).addressable_devices_indices_map((total,)).values()
+    return np.unique([row for part in parts for row in range(total)[part[0]]])
+
+
+def join(part: np.ndarray, n: int, mesh: Mesh) -> jax.Array:
+    """A batch of n rows, filled as by `put`, of which each process has its `rows_here`."""
+    shape = (n + -n % mesh.size, *part.shape[1:])
+    return jax.make_array_from_process_local_data(split(mesh), part, shape)
 
 
 def first_rows(result: Any, n: int, rows: int) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from flax_unet import data, metrics
+from flax_unet import data, devices, metrics
 from flax_unet.augment import Augment
 from flax_unet.classes import check_mask
 from flax_unet.model import accepted
@@ -125,11 +125,12 @@ def fit(
         order = data.shuffled(n, seed, epoch)[done:]
         for batch in batches(order, **accepted(batches, epoch=epoch)):
             if check_values and channels is None:
-                data.check(batch["image"], batch["mask"])
-                channels = _channels(model, state.variables, batch["image"])
-                check_mask(batch["mask"], channels)
+                image, mask = devices.here(batch["image"]), devices.here(batch["mask"])
+                data.check(image, mask)
+                channels = _channels(model, state.variables, image)
+                check_mask(mask, channels)
             elif check_values and "index" not in batch:  # the arrays on a device stay the same
-                check_mask(batch["mask"], channels)
+                check_mask(devices.here(batch["mask"]), channels)
             state, result = step_fn(state, batch, key)
             step += 1
             pending.append((step, result, np.asarray(batch["weight"])))

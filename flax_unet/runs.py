@@ -18,7 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import flax_unet
-from flax_unet import checkpoint, formats, images, onnx_file, pack, predict, recipes, train, zoo
+from flax_unet import (
+    checkpoint,
+    formats,
+    images,
+    onnx_file,
+    pack,
+    predict,
+    processes,
+    recipes,
+    train,
+    zoo,
+)
 from flax_unet.efficientnet import with_imagenet
 from flax_unet.folders import MaskFiles
 from flax_unet.formats import BINARY, MaskFormat
@@ -246,7 +257,7 @@ def create_state(
         state = train.start_from(state, training.tx, variables)
     # Committed to its device like a restored state, or the step would be compiled again after a
     # restart.
-    return jax.device_put(state, jax.devices()[0])
+    return jax.device_put(state, jax.local_devices()[0])
 
 
 def _create(training: recipes.Training, channels: int, key: jax.Array) -> train.TrainState:
@@ -481,6 +492,8 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
     operating system: between machines that share the folder it holds only if their file system
     passes `flock` on, which NFS and Lustre do or not as they are mounted. Windows has none.
 
+    Of several processes the first one locks it, for all of them.
+
     Yields:
         A function that raises FileNotFoundError if the folder was moved or removed meanwhile.
 
@@ -488,19 +501,24 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
         ValueError: another process trains in it.
     """
     with contextlib.ExitStack() as stack:
-        if fcntl is not None:
-            stack.callback(os.close, folder := os.open(workdir, os.O_RDONLY))
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"another process is training in {workdir}: wait, or choose another --workdir"
-                ) from error
-            except OSError as error:
-                warnings.warn(
-                    f"{workdir} cannot be locked ({error}): train only once in it at a time",
-                    stacklevel=3,
-                )
+        with processes.together():
+            if fcntl is not None and processes.index() == 0:
+                stack.callback(os.close, folder := os.open(workdir, os.O_RDONLY))
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise ValueError(
+                        f"another process is training in {workdir}: wait, or choose another "
+                        "--workdir"
+                    ) from error
+                except OSError as error:
+                    warnings.warn(
+                        f"{workdir} cannot be locked ({error}): train only once in it at a time",
+                        stacklevel=3,
+                    )
+        if processes.index() > 0:
+            yield lambda: None
+            return
         before = workdir.stat()
 
         def check() -> None:

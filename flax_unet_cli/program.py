@@ -12,9 +12,10 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
@@ -22,7 +23,7 @@ import jax
 import tyro
 from PIL import Image
 
-from flax_unet import parallel
+from flax_unet import parallel, processes
 
 T = TypeVar("T")
 
@@ -39,7 +40,8 @@ def main(
 
     Args:
         options: a dataclass whose fields are the flags; fields that are dataclasses add theirs. If
-            it has a `quiet` that is set, only warnings and errors are printed.
+            it has a `quiet` that is set, only warnings and errors are printed. If it has a
+            `several`, see `Several`, this may be one of several processes.
         run: returns the exit code, or None for 0.
         description: for --help.
         args: the command line; by default that of the process.
@@ -53,8 +55,18 @@ def main(
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _leave_out_closed_loops
+    code = _run(run, flags)
+    processes.leave(code)
+    return code
+
+
+def _run(run: Callable[[Any], int | None], flags: Any) -> int:
+    """The exit code of a program, whose errors are printed."""
     try:
-        with _quiet() if getattr(flags, "quiet", False) else contextlib.nullcontext():
+        if several := getattr(flags, "several", None):
+            several.start()
+        quiet = getattr(flags, "quiet", False) or processes.index() > 0  # the first one prints
+        with _quiet() if quiet else contextlib.nullcontext():
             return run(_absolute(flags)) or 0
     except KeyboardInterrupt:
         print("interrupted")
@@ -62,6 +74,46 @@ def main(
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if processes.count() == 1:
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            processes.lost(error)
+        traceback.print_exc()
+        return 1
+
+
+@dataclass(frozen=True)
+class Several:
+    """Flags of a program that several processes may run together; see docs/scaling.md."""
+
+    distributed: bool = False
+    """This is one of several processes, started by SLURM, Cloud TPU, GKE or Open MPI."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, if the processes are started by hand."""
+    processes: int | None = None
+    """Number of processes, if they are started by hand; 1 for one that has nothing to do with the
+    others that SLURM or Open MPI started."""
+    process: int | None = None
+    """Number of this process, from 0, if they are started by hand."""
+
+    def start(self) -> None:
+        """Become one of several processes, if the flags say so.
+
+        Raises:
+            ValueError: the flags contradict each other, or there are several processes without one.
+            ConnectionError: the other processes do not answer.
+        """
+        by_hand = self.coordinator, self.processes, self.process
+        if self.distributed and by_hand != (None, None, None):
+            raise ValueError("--distributed finds the processes: leave out --coordinator, ...")
+        if self.distributed or by_hand not in ((None, None, None), (None, 1, None)):
+            processes.start(*by_hand)
+        elif self.processes is None and (variable := processes.others_unasked()):
+            raise ValueError(
+                f"this is one of several processes ({variable}), and each would train alone: "
+                "--distributed to train together, --processes 1 if that is meant"
+            )
 
 
 def _flags(unused: Collection[str]) -> tyro.constructors.ConstructorRegistry:

@@ -34,6 +34,7 @@ UNUSED = (
     "dry_run",
     "fsdp",
     "quiet",
+    "several",
 )
 
 

@@ -28,7 +28,17 @@ import tyro
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from flax_unet import checkpoint, crops, data, devices, draw, images, runs, summary
+from flax_unet import (
+    checkpoint,
+    crops,
+    data,
+    devices,
+    draw,
+    images,
+    processes,
+    runs,
+    summary,
+)
 from flax_unet.classes import decide
 from flax_unet.evaluate import evaluate
 from flax_unet.fit import Epoch, check_finite, fit
@@ -37,7 +47,7 @@ from flax_unet.images import ImageFormat
 from flax_unet.pictures import DataError
 from flax_unet.predict import predict_proba
 from flax_unet.recipes import RECIPES, Recipe, Training
-from flax_unet.train import make_forward
+from flax_unet.train import TrainState, make_forward
 from flax_unet_cli import interrupt, program
 from flax_unet_cli.sources import (
     ImageFlags,
@@ -67,6 +77,7 @@ class Options:
     """Devices that share each batch; by default all."""
     fsdp: bool = False
     """Split parameters and optimizer state over the devices, too, if one has no room for them."""
+    several: Annotated[program.Several, tyro.conf.arg(name="processes")] = program.Several()
 
 
 #: Seconds of an epoch of recipe `unet` on Kvasir-SEG at 256x256 on 2 CPU cores: docs/results.md.
@@ -86,6 +97,64 @@ def run(options: Options) -> int:
         FloatingPointError: the loss is not finite.
         ValueError, OSError: a setting or the data is unusable.
     """
+    workdir = options.places.workdir
+    with processes.together():
+        prepared = prepare(options)
+    if options.dry_run:
+        return 0
+    if processes.index() == 0:
+        (workdir / "samples").mkdir(parents=True, exist_ok=True)
+    with (
+        runs.locked(workdir) as check,
+        interrupt.signals_collected() as stop,  # also while the last checkpoint is being written
+        checkpoint.open_checkpoints(workdir / "checkpoints") as checkpoints,
+    ):
+        state, progress = restore(options, prepared, checkpoints)
+        try:
+            train(options, prepared, state, progress, checkpoints, stop, check)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}, in another --workdir: this one is kept") from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(
+                f"the disk of {workdir} is full: make room and run the same command again, which "
+                "resumes from the latest checkpoint"
+            ) from error
+    if number := max(processes.each(lambda: max(stop, default=0))):
+        name = signal.Signals(number).name
+        print(f"{name}: the state is saved; run the same command again to resume")
+        return 128 + number
+    print("next:")
+    out = workdir.parent / f"{workdir.name}-model"
+    words = {
+        "evaluate": (),
+        "predict": ("--out", "predictions/", "PICTURES"),
+        "export": ("--out", out),
+    }
+    for name, rest in words.items():
+        print(f"  {program.command(name, '--workdir', workdir, *rest)}")
+    return 0
+
+
+class Prepared(NamedTuple):
+    """What a run needs, before anything is written."""
+
+    mesh: Mesh | None
+    training: Training
+    pictures: "Pictures"
+    key: jax.Array
+    channels: int  # of the images
+    content: dict[str, Any]  # of config.json
+    state: Any  # the first one; None if there is a checkpoint
+
+
+def prepare(options: Options) -> Prepared:
+    """Load the data and build what is trained; nothing is written.
+
+    Raises:
+        ValueError, OSError: a setting or the data is unusable.
+    """
     settings, places = options.settings, options.places
     workdir = places.workdir
     runs.recipe_of(settings)  # settings that do not fit are refused before anything else
@@ -102,7 +171,9 @@ def run(options: Options) -> int:
     if options.fsdp and mesh is None:
         raise ValueError("--fsdp needs several devices")
     if mesh is not None:
-        print(f"each batch is split over {mesh.size} devices", flush=True)
+        n = processes.count()
+        of = f" of {n} processes" if n > 1 else ""
+        print(f"each batch is split over {mesh.size} devices{of}", flush=True)
     recorded = None
     if checkpoint.exists(workdir / "checkpoints"):  # a run keeps what it found out about its data
         with contextlib.suppress(OSError, ValueError):
@@ -110,7 +181,7 @@ def run(options: Options) -> int:
             places = replace(places, split_by=content["places"]["split_by"])
             recorded = images.from_json(content["images"])
     with program.task(f"opening {settings.dataset}; the first time takes a minute"):
-        sources = open_sources(settings, places, options.masks.classes)
+        sources = processes.in_turn(lambda: open_sources(settings, places, options.masks.classes))
     known = options.channels == ImageFlags() and recorded
     image_format = known or image_format_of(settings, sources, options.channels)
     mask_format = mask_format_of(settings, sources, options.masks)
@@ -122,65 +193,51 @@ def run(options: Options) -> int:
     hashes = fingerprints(sources, pictures)
     content = runs.to_json(settings, places, recipe, hashes, mask_format, image_format)
     content["summary"] = summarise_data(sources, pictures, mask_format)
-    if options.dry_run:
-        return 0
     init_key, key = jax.random.split(jax.random.key(settings.seed))
-    runs.check_workdir(workdir, content)  # before anything is written
-    state, progress = None, {}
-    if not checkpoint.exists(workdir / "checkpoints"):
-        state = runs.create_state(settings, recipe, training, init_key, image_format.channels)
-    (workdir / "samples").mkdir(parents=True, exist_ok=True)
-    with (
-        runs.locked(workdir) as check,
-        interrupt.signals_collected() as stop,  # also while the last checkpoint is being written
-        checkpoint.open_checkpoints(workdir / "checkpoints") as checkpoints,
-    ):
+    state = None
+    if not options.dry_run:
+        runs.check_workdir(workdir, content)
+        if not checkpoint.exists(workdir / "checkpoints"):
+            state = runs.create_state(settings, recipe, training, init_key, image_format.channels)
+    return Prepared(mesh, training, pictures, key, image_format.channels, content, state)
+
+
+def restore(
+    options: Options, prepared: Prepared, checkpoints: Any
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state to go on from, on the devices, and its progress; config.json is written.
+
+    Raises:
+        ValueError: the workdir holds another run.
+        CheckpointError: there is no checkpoint that can be read.
+    """
+    mesh, training, pictures, _, channels, content, state = prepared
+    settings, workdir, progress = options.settings, options.places.workdir, {}
+    with processes.together():
         content, changes = runs.check_workdir(workdir, content)
-        if changes:
-            warn(f"resuming with other versions, device or places: {changes}")
-        if checkpoints.latest_step() is not None:
-            abstract = runs.abstract_state(training, image_format.channels)
-            checkpoint.set_aside_damaged(checkpoints, abstract)
-            state, progress = checkpoint.restore(checkpoints, abstract)
-            print(f"resuming after step {int(state.step)}")
-            done = int(state.step) // -(-pictures.n // settings.batch_size)
-            content["settings"]["epochs"] = max(done, settings.epochs)
-        assert state is not None
-        runs.write_atomically(workdir / "config.json", json.dumps(content, indent=2) + "\n")
-        try:
-            progress["config"] = content
-            if options.fsdp and mesh is not None:
-                state = devices.shard(state, mesh)
-            else:
-                state = devices.replicate(state, mesh)
-            train(options, training, pictures, key, state, progress, checkpoints, stop, check, mesh)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error}, in another --workdir: this one is kept") from error
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise OSError(
-                f"the disk of {workdir} is full: make room and run the same command again, which "
-                "resumes from the latest checkpoint"
-            ) from error
-    if stop:
-        name = signal.Signals(stop[0]).name
-        print(f"{name}: the state is saved; run the same command again to resume")
-        return 128 + stop[0]
-    print("next:")
-    out = workdir.parent / f"{workdir.name}-model"
-    words = {
-        "evaluate": (),
-        "predict": ("--out", "predictions/", "PICTURES"),
-        "export": ("--out", out),
-    }
-    for name, rest in words.items():
-        print(f"  {program.command(name, '--workdir', workdir, *rest)}")
-    return 0
+    if changes:
+        warn(f"resuming with other versions, device or places: {changes}")
+    if checkpoints.latest_step() is not None:
+        abstract = runs.abstract_state(training, channels)
+        if mesh is not None:
+            abstract = devices.abstract(abstract, mesh, split=options.fsdp)
+        checkpoint.set_aside_damaged(checkpoints, abstract)
+        state, progress = checkpoint.restore(checkpoints, abstract)
+        print(f"resuming after step {int(state.step)}")
+        done = int(state.step) // -(-pictures.n // settings.batch_size)
+        content["settings"]["epochs"] = max(done, settings.epochs)
+    assert state is not None
+    text = json.dumps(content, indent=2) + "\n"
+    processes.first(lambda: runs.write_atomically(workdir / "config.json", text))
+    progress["config"] = content
+    if options.fsdp and mesh is not None:
+        return devices.shard(state, mesh), progress
+    return devices.replicate(state, mesh), progress
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    if processes.index() == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class Pictures(NamedTuple):
@@ -215,9 +272,9 @@ def load_pictures(
 
     formats = {"mask_format": mask_format, "image_format": image_format}
     if settings.crop is not None:
-        return load_crops(options, sources, recipe, formats, seen)
+        return load_crops(options, sources, recipe, formats, seen, mesh)
     if must_stream(options, len(source) * settings.size[0] * settings.size[1], formats):
-        batches = partial(data.stream, source, settings.size, size, **formats)
+        batches = partial(data.stream, source, settings.size, size, **formats, mesh=mesh)
     else:
         arrays = data.to_device(load("train"), mesh)
         batches = partial(data.batches, arrays, size)
@@ -231,6 +288,7 @@ def load_crops(
     recipe: Recipe,
     formats: dict[str, Any],
     seen: dict[str, dict[bytes, str]],
+    mesh: Mesh | None,
 ) -> Pictures:
     """The pictures of a run on crops. They are streamed, too, if the device has no room for them.
 
@@ -249,7 +307,7 @@ def load_crops(
         "as cover their area; a third of them are centred at a pixel of a class"
     )
     if streamed:
-        batches = partial(crops.stream, source, cut, settings.batch_size, **formats)
+        batches = partial(crops.stream, source, cut, settings.batch_size, **formats, mesh=mesh)
     else:
         with program.task(f"loading {len(source)} pictures of train"):
             resident = crops.load(source, **formats, padding=frame[1], pictures=seen["train"])
@@ -270,7 +328,8 @@ def must_stream(options: Options, pixels: int, formats: dict[str, Any]) -> bool:
     Raises:
         DataError: grain is missing.
     """
-    needed, room = pixels * crops.bytes_per_pixel(**formats), devices.memory() / 2
+    needed = pixels * crops.bytes_per_pixel(**formats)
+    room = min(processes.each(devices.memory)) / 2
     if not options.places.stream and needed <= room:
         return False
     if not options.places.stream:
@@ -364,26 +423,24 @@ def summarise_data(sources: Sources, pictures: Pictures, mask_format: MaskFormat
 
 def train(
     options: Options,
-    training: Training,
-    pictures: Pictures,
-    key: jax.Array,
+    prepared: Prepared,
     state: Any,
     progress: dict[str, Any],
     checkpoints: Any,
     stop: list[int],
     check: Callable[[], None],
-    mesh: Mesh | None,
 ) -> None:
     """Run the remaining epochs, given the state and the progress of the last checkpoint.
 
     Progress is the `records` of the unfinished epoch, the `history` of the epochs before, and the
-    `config`, as JSON.
+    `config`, as JSON. Of several processes the first one writes.
     """
     settings, workdir = options.settings, options.places.workdir
+    mesh, training, pictures, key, *_ = prepared
     n, batches, _, validation, _ = pictures
-    first = int(state.step) // -(-n // settings.batch_size)
+    first, writes = int(state.step) // -(-n // settings.batch_size), processes.index() == 0
     records = progress.get("records", [])
-    history = runs.read_history(workdir, first, progress.get("history"))
+    history = processes.first(lambda: runs.read_history(workdir, first, progress.get("history")))
     if first >= settings.epochs:
         fixed = RECIPES[settings.recipe].optimizer.fixed_length
         print(f"all {first} epochs are done" + ("" if fixed else "; ask for more with --epochs"))
@@ -419,6 +476,7 @@ def train(
         content = {"records": records, "history": [*history], "config": progress["config"]}
         checkpoint.save(checkpoints, state, content, dice=dice)
 
+    stopped = processes.agreed(stop, mesh)
     epochs = fit(
         training.model,
         training.tx,
@@ -426,21 +484,23 @@ def train(
         state,
         n,
         batches,
-        key=key,
+        key=devices.replicate(key, mesh),
         seed=settings.seed,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         augment=training.augment,
         records=records,
         on_step=on_step,
-        stop=lambda: bool(stop),
+        stop=lambda: bool(stopped()),
         mesh=mesh,
         check_values=settings.crop is None,  # crops may hold nothing, and what does not count
     )
-    with bar, event_writer(workdir, int(state.step)) as events:
+    written = event_writer(workdir, int(state.step)) if writes else contextlib.nullcontext()
+    with bar, written as events:
         for epoch in epochs:
             bar.clear()
-            check()
+            if writes:
+                check()
             if epoch.metrics is None:  # the next start completes the epoch
                 save(epoch.state, epoch.records)
                 break
@@ -455,17 +515,21 @@ def train(
             check_finite(int(epoch.state.step), validation_loss=scores["loss"])
             # The checkpoint comes last, so that a killed run repeats everything before it.
             history.append(line := metrics_line(epoch, epoch.metrics, scores))
-            with (workdir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-                runs.sync(file)
             ends.append(time.monotonic())
-            print(epoch_line(history, chosen, settings.epochs, ends), flush=True)
-            if stop or epoch.number == settings.epochs or time.monotonic() > due:
-                draw.save_curves(workdir / "curves.png", history)
-                due = time.monotonic() + CURVES_EVERY
-            if epoch.number % max(1, settings.epochs // 10) == 0 or epoch.number == settings.epochs:
-                file = workdir / "samples" / f"epoch-{epoch.number:04d}.png"
-                save_samples(file, training.model, epoch.state.variables, validation)
+            last = epoch.number == settings.epochs
+            if writes:
+                with (workdir / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                    runs.sync(file)
+                print(epoch_line(history, chosen, settings.epochs, ends), flush=True)
+                if stop or last or time.monotonic() > due:
+                    draw.save_curves(workdir / "curves.png", history)
+                    due = time.monotonic() + CURVES_EVERY
+            if epoch.number % max(1, settings.epochs // 10) == 0 or last:
+                variables = devices.entire(epoch.state.variables)
+                if writes:
+                    file = workdir / "samples" / f"epoch-{epoch.number:04d}.png"
+                    save_samples(file, training.model, variables, validation)
             save(epoch.state, [], scores[chosen])
             if events is not None:
                 try:
@@ -487,7 +551,9 @@ def compile_evaluation(
     model: Any = training.model
     batch = devices.put(next(data.batches(arrays, batch_size)), mesh)
     jax.block_until_ready(make_forward(model, mesh)(variables, batch))
-    predict_proba(model, variables, np.asarray(arrays.image[:4]))
+    variables = devices.entire(variables)
+    if processes.index() == 0:  # which draws samples
+        predict_proba(model, variables, np.asarray(devices.here(arrays.image)[:4]))
 
 
 def metrics_line(
