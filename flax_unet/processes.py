@@ -192,11 +192,24 @@ def leave(code: int) -> None:
         _exit(code)
 
 
-def lost(error: Exception) -> None:
-    """End this process, as another one does not answer, with JAX's message of which one it is."""
+def is_of_others(error: BaseException | None) -> bool:
+    """Whether an error, or one that it comes from, may be that another process is lost."""
+    if error is None or count() == 1:
+        return False
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return "RESOURCE_EXHAUSTED" not in str(error)
+    return is_of_others(error.__cause__ or error.__context__)
+
+
+def lost(error: BaseException) -> None:
+    """End this process as another one does not answer. JAX says before which one it is."""
     reason = " ".join(str(error)[:200].splitlines())
-    print(f"error: another process has ended or does not answer: {reason}", file=sys.stderr)
-    print("error: JAX will say which one it is", file=sys.stderr, flush=True)
+    print(
+        f"error: another process has ended or does not answer: {reason}\n"
+        f"JAX names it below, within {HEARTBEAT} seconds",
+        file=sys.stderr,
+        flush=True,
+    )
     time.sleep(HEARTBEAT + PATIENCE)  # JAX ends this process meanwhile
     _exit(1)
 
@@ -212,6 +225,8 @@ def within(seconds: float, code: int = 1, error: BaseException | None = None) ->
         return
 
     def end() -> None:
+        if error is not None and is_of_others(error):
+            lost(error)
         if error is not None:
             print(f"error: {error}", file=sys.stderr)
         _exit(code)

@@ -71,15 +71,15 @@ def _run(run: Callable[[Any], int | None], flags: Any) -> int:
     except KeyboardInterrupt:
         print("interrupted")
         return 128 + signal.SIGINT
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except Exception as error:
-        if processes.count() == 1:
-            raise
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if processes.is_of_others(error):
             processes.lost(error)
-        traceback.print_exc()
+        if isinstance(error, ValueError | OSError | FloatingPointError | ModuleNotFoundError):
+            print(f"error: {error}", file=sys.stderr)
+        elif processes.count() == 1:
+            raise
+        else:
+            traceback.print_exc()
         return 1
 
 
