@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-classes test test-all test-peers test-versions docs faults lint bench notebook clean
+.PHONY: demo demo-classes demo-two-processes test test-all test-peers test-versions docs faults lint bench notebook clean
 
 demo: .venv/installed
 	$(BIN)/python experiments/train.py --workdir runs/demo --dataset synthetic_polyps \
@@ -15,6 +15,12 @@ demo-classes: .venv/installed
 	  --recipe strong --image-size 96 128 --features 16 32 64 128 --epochs 20 --learning-rate 3e-3 \
 	  --data-dir runs/demo-classes/data
 	$(BIN)/python experiments/evaluate.py --workdir runs/demo-classes
+
+demo-two-processes: .venv/installed
+	PYTHON=$(BIN)/python experiments/two_processes.sh --workdir runs/demo-two-processes \
+	  --dataset synthetic_polyps --image-size 64 --features 16 32 64 128 --epochs 12 \
+	  --data-dir runs/demo/data
+	$(BIN)/python experiments/evaluate.py --workdir runs/demo-two-processes
 
 test: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
@@ -81,4 +87,4 @@ bench: .venv-bench/installed
 	@touch $@ .venv/installed .venv/installed-docs
 
 clean:
-	rm -rf .venv .venv-* dist runs/demo runs/demo-classes
+	rm -rf .venv .venv-* dist runs/demo runs/demo-classes runs/demo-two-processes

@@ -25,6 +25,7 @@ Losses and metrics
 
 Training
     devices       a mesh over several devices, and what is where
+    processes     several processes that train together
     train         the state, and the step: (state, batch, key) to (state, metrics)
     fit           a generator of epochs
     recipes       what to train and how, as data

@@ -7,13 +7,12 @@ import time
 
 import jax
 import numpy as np
-import optax
 import pytest
 import several
 import together
-from test_devices import Wide, check_same_run, flags, folders, history  # noqa: F401
+from test_devices import flags, folders, history  # noqa: F401
 
-from flax_unet import checkpoint, data, devices, processes, train
+from flax_unet import checkpoint, devices, processes
 from flax_unet_cli import train as train_program
 from flax_unet_cli.program import Several
 
@@ -122,3 +121,125 @@ def test_what_one_process_has_saved_is_restored_by_two_bit_for_bit(two, saved_el
         assert result["progress"] == {"a": 2}
         assert result["restored"]["False"] == [crcs, [True]]
         assert result["restored"]["True"] == [crcs, [False, True]]  # small arrays are copied
+
+
+def command(folders, workdir, epochs, *more):  # noqa: F811
+    return [*flags(folders, workdir, 1, epochs)[:-4], "--epochs", str(epochs), *more]
+
+
+def epochs_of(workdir):
+    file = workdir / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def half_saved(workdir):
+    return {entry.name for entry in (workdir / "checkpoints").glob("*tmp*")}
+
+
+@pytest.fixture(scope="module")
+def alone(folders, tmp_path_factory):  # noqa: F811
+    """A run of five epochs in one process, on one device."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    assert train_program.main(flags(folders, workdir, 1, 5)) == 0
+    return workdir
+
+
+def test_a_signal_to_one_process_stops_all_and_another_topology_goes_on(
+    folders,  # noqa: F811
+    alone,
+    tmp_path,
+):
+    """Two processes with two devices each; then one with four, split; then one with one."""
+    workdir = tmp_path / "run"
+    with several.train(2, 2, *command(folders, workdir, 500)) as run:
+        run.until(lambda: epochs_of(workdir) >= 2)
+        run.processes[1].send_signal(signal.SIGTERM)
+        assert run.wait() == [128 + signal.SIGTERM] * 2, run.outputs
+        first, second = run.outputs
+    assert "each batch is split over 4 devices of 2 processes" in first
+    assert first.count("epoch 1/500") == 1 and "SIGTERM: the state is saved" in first
+    assert "epoch" not in second and "Traceback" not in first + second
+    done = epochs_of(workdir)
+    assert train_program.main([*flags(folders, workdir, 4, done + 1), "--fsdp"]) == 0
+    assert train_program.main(flags(folders, workdir, 1, done + 2)) == 0
+    lines, expected = history(workdir), history(alone)
+    assert [line["epoch"] for line in lines] == list(range(1, done + 3))
+    for ours, right in zip(lines, expected, strict=False):
+        for name in ("loss", "val_loss", "dice_per_image", "val_dice_per_image"):
+            assert ours[name] == pytest.approx(right[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_other_process_ends_if_one_is_killed_while_saving(folders, alone, tmp_path, lost):  # noqa: F811
+    """Split over two processes; the restart goes on from the newest whole checkpoint."""
+    workdir = tmp_path / "run"
+    with several.train(2, 1, *command(folders, workdir, 500, "--fsdp")) as run:
+        run.until(lambda: epochs_of(workdir) >= 2)
+        before = half_saved(workdir)
+        run.until(lambda: half_saved(workdir) - before)
+        run.processes[lost].kill()
+        began = time.monotonic()
+        assert run.processes[1 - lost].wait(60) != 0
+        assert time.monotonic() - began < 60
+    other = run.outputs[1 - lost]
+    assert "another process has ended" in other or "another task died" in other
+    steps = [
+        int(entry.name) for entry in (workdir / "checkpoints").iterdir() if entry.name.isdigit()
+    ]
+    assert steps
+    assert train_program.main(flags(folders, workdir, 1, max(5, epochs_of(workdir)))) == 0
+    lines = history(workdir)
+    for ours, right in zip(lines, history(alone), strict=False):
+        assert ours["loss"] == pytest.approx(right["loss"], rel=1e-5)
+
+
+def test_an_unreadable_picture_ends_both_processes_with_its_name(folders, tmp_path):  # noqa: F811
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+        for file in (folders / part).iterdir():
+            (tmp_path / part / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "images" / "7.png").write_bytes(b"no picture")
+    with several.train(2, 1, *command(tmp_path, tmp_path / "run", 2)) as run:
+        assert run.wait(120) == [1, 1], run.outputs
+    for output in run.outputs:
+        assert "error: " in output and "7.png" in output and "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_of_several_processes_that_know_nothing_of_each_other_is_refused(
+    folders,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    ours = flags(folders, tmp_path / "run", 1, 1)
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "2")
+            assert train_program.main(ours) == 1
+            assert f"one of several processes ({name}=2)" in capsys.readouterr().err
+            Several(processes=1).start()  # meant so
+            patch.setenv(name, "1")
+            Several().start()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--coordinator", "localhost:1"], "go together: give all three"),
+        (["--distributed", "--process", "1"], "leave out --coordinator"),
+        (["--distributed"], "JAX finds no other processes"),
+    ],
+)
+def test_flags_that_name_no_processes_are_refused(folders, tmp_path, capsys, words, expected):  # noqa: F811
+    assert train_program.main([*flags(folders, tmp_path / "run", 1, 1), *words]) == 1
+    assert expected in capsys.readouterr().err
+
+
+def test_an_environment_without_processes_is_one():
+    assert (processes.count(), processes.index(), os.environ.get("SLURM_PROCID")) == (1, 0, None)
+    assert processes.first(lambda: 3) == processes.in_turn(lambda: 3) == 3
+    assert processes.agreed([2, 15], None)() == 15
+    with pytest.raises(ZeroDivisionError), processes.together():
+        raise ZeroDivisionError
