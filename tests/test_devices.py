@@ -257,6 +257,34 @@ def test_the_windows_of_a_picture_are_shared_by_the_devices(shape):
     assert len(result.sharding.device_set) == 3
 
 
+@pytest.mark.parametrize("n", [1, 4, 5])
+def test_resized_images_are_shared_by_the_devices(n, monkeypatch):
+    model, mesh, rng = (
+        predict.Mirrored(UNet(features=(4, 8))),
+        devices.make_mesh(4),
+        np.random.default_rng(0),
+    )
+    variables = model.model.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
+    images = [rng.integers(0, 256, (20 + 5 * i, 30, 3), np.uint8) for i in range(n)]
+    one = [predict.predict_resized(model, variables, image, (16, 32)) for image in images]
+    real, rows = predict._apply, []
+
+    def spy(model):
+        def apply(variables, image):
+            rows.append([len(shard.data) for shard in image.addressable_shards])
+            return real(model)(variables, image)
+
+        return apply
+
+    monkeypatch.setattr(predict, "_apply", spy)
+    several = list(predict.predict_images(model, variables, images, (16, 32), mesh))
+    assert rows == [[-(-n // 4)] * 4]
+    for ours, expected in zip(several, one, strict=True):
+        if n <= 4:  # a device has one image
+            np.testing.assert_array_equal(ours, expected)
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
 def test_prediction_on_several_devices_writes_the_same_masks(folders, alone, tmp_path):
     masks = []
     for n in (1, 4):
