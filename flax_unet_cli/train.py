@@ -129,6 +129,7 @@ def run(options: Options) -> int:
     state, progress = None, {}
     if not checkpoint.exists(workdir / "checkpoints"):
         state = runs.create_state(settings, recipe, training, init_key, image_format.channels)
+        content["terms"] = runs.terms_of(settings)
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
     with (
         runs.locked(workdir) as check,
