@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import drawn
 import flax.linen as nn
 import jax
 import numpy as np
@@ -112,16 +113,7 @@ def test_scores_on_several_devices_are_those_of_one():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root, rng = tmp_path_factory.mktemp("discs"), np.random.default_rng(0)
-    for part in ("images", "masks"):
-        (root / part).mkdir()
-    for i in range(30):
-        mask = np.zeros((16, 16), np.uint8)
-        mask[i % 8 : 12, 2:14] = 255
-        image = rng.integers(0, 128, (16, 16, 3), np.uint8) + mask[..., None] // 2
-        Image.fromarray(image).save(root / "images" / f"{i}.png")
-        Image.fromarray(mask).save(root / "masks" / f"{i}.png")
-    return root
+    return drawn.discs(tmp_path_factory.mktemp("discs"), 30, 16)
 
 
 def flags(folders, workdir, n, epochs):
@@ -276,6 +268,11 @@ def test_resized_images_are_shared_by_the_devices(n, monkeypatch):
 
         return apply
 
+    batch = rng.integers(0, 256, (n, 15, 30, 3), np.uint8)  # padded
+    together = predict.predict_proba(model, variables, batch, mesh)
+    np.testing.assert_allclose(
+        together, predict.predict_proba(model, variables, batch), rtol=1e-4, atol=1e-5
+    )
     monkeypatch.setattr(predict, "_apply", spy)
     several = list(predict.predict_images(model, variables, images, (16, 32), mesh))
     assert rows == [[-(-n // 4)] * 4]
