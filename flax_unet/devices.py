@@ -140,9 +140,15 @@ def spread(tree: Any, mesh: Mesh) -> Any:
     """A tree of arrays on all devices of a mesh: as they are if they are there, else replicated."""
     everywhere = set(mesh.devices.flat)
 
+    def is_there(sharding: Any) -> bool:
+        return sharding is not None and sharding.device_set == everywhere
+
+    # Hundreds of arrays have few shardings between them: most steps end here.
+    if all(map(is_there, {getattr(x, "sharding", None) for x in jax.tree.leaves(tree)})):
+        return tree
+
     def spread_one(x: Any) -> Any:
-        there = isinstance(x, jax.Array) and x.sharding.device_set == everywhere
-        return x if there else place(x, replicated(mesh))
+        return x if is_there(getattr(x, "sharding", None)) else place(x, replicated(mesh))
 
     return jax.tree.map(spread_one, tree)
 
@@ -167,8 +173,8 @@ def put(batch: Mapping[str, Any], mesh: Mesh | None) -> Mapping[str, Any]:
             return array
         if len(rows) > n:
             array = array[rows]
-        if name == "weight":
-            array = jnp.where(np.arange(len(rows)) < n, array, 0)
+            if name == "weight":
+                array = jnp.where(np.arange(len(rows)) < n, array, 0)
         return place(array, split(mesh))
 
     return {name: put_one(name, array) for name, array in batch.items()}

@@ -1,5 +1,6 @@
 """Probabilities from a trained model. `variables` is what `model.apply` takes."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
@@ -246,7 +247,7 @@ def _apply(model: Any) -> Any:
 CHUNK = 2**18
 
 
-def predict_proba(model: Any, variables: Any, image: Any) -> Any:
+def predict_proba(model: Any, variables: Any, image: Any, mesh: Mesh | None = None) -> Any:
     """Probabilities of an image of any size, at that size.
 
     The image is edge-padded at the bottom and right to a multiple of the model's stride, and the
@@ -262,10 +263,11 @@ def predict_proba(model: Any, variables: Any, image: Any) -> Any:
         model: has a `stride`; the network, `Mirrored` or `Tiled`.
         variables: its parameters (and state).
         image: [H, W, C] or [B, H, W, C]; uint8, or float in [0, 1].
+        mesh: devices that share the images, see `devices.put`; not of `Tiled`, which has its own.
 
     Returns:
-        Float32 [H, W, K] or [B, H, W, K] in [0, 1], a JAX array, or with `Tiled` a NumPy array;
-        `classes.decide` makes masks of them.
+        Float32 [H, W, K] or [B, H, W, K] in [0, 1], a JAX array, or with `Tiled` or a mesh a NumPy
+        array; `classes.decide` makes masks of them.
 
     Raises:
         ValueError: the image has another rank, type, range or number of channels; inside of other
@@ -286,7 +288,13 @@ def predict_proba(model: Any, variables: Any, image: Any) -> Any:
     if bottom or right:
         padded = pad(batch, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
     try:
-        proba = _apply(model)(variables, padded)[:, :height, :width]
+        if mesh is None:
+            proba = _apply(model)(variables, padded)
+        else:
+            placed = devices.put({"image": padded, "weight": np.ones(len(padded))}, mesh)["image"]
+            shared = _apply(model)(devices.spread(variables, mesh), placed)
+            proba = np.asarray(shared)[: len(padded)]
+        proba = proba[:, :height, :width]
     except ScopeParamShapeError as error:
         channels = f"the image has {image.shape[-1]} channels, and the model takes another number"
         raise ValueError(f"{channels}: {error}") from error
@@ -342,8 +350,33 @@ def predict_resized(
     model: Any, variables: Any, image: np.ndarray, size: int | tuple[int, int] | None
 ) -> np.ndarray:
     """`predict_picture` of an image [H, W, C] that was read already."""
+    return next(predict_images(model, variables, [image], size))
+
+
+def predict_images(
+    model: Any,
+    variables: Any,
+    images: Sequence[np.ndarray],
+    size: int | tuple[int, int] | None,
+    mesh: Mesh | None = None,
+) -> Iterator[np.ndarray]:
+    """`predict_resized` of several images at once, each of its own size.
+
+    The network runs once for all of them, when this is called. With at most as many images as
+    devices each one has exactly the result that it has alone.
+
+    Args:
+        model, variables, size: see `predict_picture`.
+        images: [H, W, C] each, of the same number of channels and type.
+        mesh: devices that share the images, see `devices.make_mesh`; for a size of None unused.
+
+    Returns:
+        Float32 [H, W, K] of each image in turn, resized when it is asked for.
+    """
     if size is None:
-        return np.asarray(predict_proba(model, variables, image))
+        return iter([np.asarray(predict_proba(model, variables, image)) for image in images])
     size = (size, size) if isinstance(size, int) else size
-    proba = np.asarray(predict_proba(model, variables, pictures.resize_image(image, size)))
-    return pictures.resize_image(proba, image.shape[:2])
+    own = [image.shape[:2] for image in images]
+    batch = np.stack([pictures.resize_image(image, size) for image in images])
+    probas = np.asarray(predict_proba(model, variables, batch, mesh))
+    return map(pictures.resize_image, probas, own)

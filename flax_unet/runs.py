@@ -45,7 +45,7 @@ except ImportError:  # Windows
 DETERMINES = ("settings", "model", "training", "data", "masks", "images")
 #: Pixels of the windows that `predict.Tiled` computes at a time, or one window if it has more.
 PIXELS = 2**20
-#: Of weights that were trained on Kvasir-SEG.
+#: Of weights that were trained on Kvasir-SEG, or from such weights.
 TERMS = (
     "trained on Kvasir-SEG: for research and education only, and not a medical device; other use "
     "needs the permission of its authors (https://datasets.simula.no/kvasir-seg/), publications "
@@ -447,7 +447,8 @@ def check_workdir(workdir: Path, new: dict[str, Any]) -> tuple[dict[str, Any], s
     for section in ("versions", "places"):
         changes |= _differences(old[section], new[section])
     changes |= _differences({"device": old["device"]}, {"device": new["device"]})
-    return new | {"versions": old["versions"], "device": old["device"]}, _as_text(changes)
+    kept = {key: old[key] for key in ("versions", "device", "terms") if key in old}
+    return new | kept, _as_text(changes)
 
 
 def check_writable(folder: Path) -> None:
@@ -596,6 +597,20 @@ def sync(stream: IO) -> None:
     os.fsync(stream.fileno())
 
 
+def terms_of(settings: Settings) -> str:
+    """The terms of the weights of a new run, for its config.json: of its pictures and of `init`.
+
+    Raises:
+        As `load_model`.
+    """
+    inherited = "" if settings.init is None else load_model(settings.init).terms
+    return inherited or _terms_of_data(settings)
+
+
+def _terms_of_data(settings: Settings) -> str:
+    return TERMS if settings.dataset == "kvasir_seg" else ""
+
+
 class Trained(NamedTuple):
     """A trained model and its origin."""
 
@@ -613,8 +628,11 @@ class Trained(NamedTuple):
 
     @property
     def terms(self) -> str:
-        """Under which terms the weights may be used, if they are not yours alone; or ""."""
-        return TERMS if self.settings.dataset == "kvasir_seg" else ""
+        """Under which terms the weights may be used, if they are not yours alone; or "".
+
+        Those of the pictures of this run and of the one that it started from, see `terms_of`.
+        """
+        return self.config.get("terms") or _terms_of_data(self.settings)
 
     def predictor(
         self,

@@ -14,16 +14,19 @@ without sound, and NAME.csv with a row per frame; masks and probabilities of fra
 """
 
 import errno
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
@@ -72,7 +75,7 @@ class Options:
     quiet: bool = False
     """Print warnings and errors only."""
     devices: int | None = None
-    """Devices that share the windows of a picture; by default all."""
+    """Devices that share the pictures, or the windows of a picture; by default all."""
     ranges: Annotated[RangeFlags, tyro.conf.arg(name="pictures")] = RangeFlags()
     flips: bool = False
     """Average the prediction over the 4 flips of each image, at 4 times the work; over the 2 flips
@@ -116,12 +119,44 @@ class Context:
     image_format: ImageFormat
     legend: tuple[str, ...]
     """Names of the classes by their colour; the first has none."""
+    mesh: Mesh | None = None
     objects: Table | None = None
     images: int = 0
     """Pictures and frames that were segmented."""
     pixels: int = 0
     network: float = 0
     """Seconds."""
+
+    @property
+    def at_a_time(self) -> int:
+        """Images that the network takes at a time: one for each device, if they are resized."""
+        return 1 if self.mesh is None or self.size is None else self.mesh.size
+
+    @property
+    def others(self) -> float:
+        """Bytes that several devices take if they share this computer's memory: the parameters and
+        an image each."""
+        if self.mesh is None or jax.default_backend() != "cpu":
+            return 0
+        parameters = sum(x.nbytes for x in jax.tree.leaves(self.trained.variables))
+        image = WINDOW * math.prod(self.size) if self.size is not None else 0
+        return (self.mesh.size - 1) * (parameters + image)
+
+    def memory_of(self, size: tuple[int, int]) -> float:
+        """Bytes that the prediction of a picture of this width and height takes at most."""
+        return memory_of(size, self.image_format, self.model, self.others)
+
+    @property
+    def room(self) -> float:
+        """Bytes that the program may take."""
+        return self.options.max_memory * 1e9
+
+    @contextmanager
+    def in_network(self) -> Iterator[None]:
+        """Meanwhile the seconds are counted as those of the network."""
+        start = time.perf_counter()
+        yield
+        self.network += time.perf_counter() - start
 
     @property
     def overlapping(self) -> bool:
@@ -156,18 +191,30 @@ class Segmented(NamedTuple):
     drawn: dict[str, np.ndarray]  # by kind: uint8 [H, W, 3], with a legend of several classes
 
 
-def probabilities(context: Context, image: np.ndarray) -> np.ndarray:
-    """Probabilities of an image [H, W, C], at its size: float32 [H, W, K]."""
+def probabilities(context: Context, images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Probabilities of images [H, W, C], at the size of each: float32 [H, W, K]."""
     variables = context.trained.variables
-    return predict.predict_resized(context.model, variables, image, context.size)
+    return predict.predict_images(context.model, variables, images, context.size, context.mesh)
 
 
-def memory_of(size: tuple[int, int], image_format: ImageFormat, model: Any) -> float:
-    """Bytes that the prediction of a picture takes at most, measured."""
+def memory_of(
+    size: tuple[int, int], image_format: ImageFormat, model: Any, others: float = 0
+) -> float:
+    """Bytes that the prediction of a picture takes at most, measured.
+
+    Args:
+        size: of the picture.
+        image_format: how it is read.
+        model: as it predicts.
+        others: bytes that are taken besides.
+    """
     values = image_format.channels * (1 if image_format.raw else 12)
     windows = model.windows * model.size[0] * model.size[1] if predict.is_tiled(model) else 0
     picture = size[0] * size[1] * (13 + values + 4 * model.num_classes)
-    return PROGRAM + picture + WINDOW * windows
+    # Other devices than a CPU have a memory of their own: two batches pass through this one.
+    passing = 8 * (image_format.channels + model.num_classes)
+    window = WINDOW if jax.default_backend() == "cpu" else passing
+    return PROGRAM + picture + window * windows + others
 
 
 def run(options: Options) -> int:
@@ -214,13 +261,16 @@ def run(options: Options) -> int:
 
 def _load(options: Options) -> Context:
     trained = runs.load_model(options.workdir, options.checkpoint)
+    mesh = None if options.backend == "onnx" else devices.make_mesh(options.devices)
     model, size = trained.predictor(
         flips=options.flips,
         window=options.window,
         backend=options.backend,
         progress=True,
-        mesh=None if options.backend == "onnx" else devices.make_mesh(options.devices),
+        mesh=mesh,
     )
+    if mesh is not None:
+        trained = trained._replace(variables=devices.replicate(trained.variables, mesh))
     return Context(
         options,
         trained,
@@ -228,6 +278,7 @@ def _load(options: Options) -> Context:
         size,
         options.ranges.apply(trained.image_format),
         (trained.mask_format or BINARY).names,
+        mesh,
     )
 
 
@@ -243,17 +294,28 @@ def _segment_all(plan: results.Plan, context: Context, table: Table) -> list[str
 
     for error in plan.unreadable:
         skip(error.filename, error)
-    for task in tqdm(plan.tasks, unit=" pictures", leave=False, disable=None):
-        start, row = time.perf_counter(), []
-        try:
-            (context.options.out / task.name).parent.mkdir(parents=True, exist_ok=True)
-            row = ["segmented", None, *(_video if task.is_video else _picture)(task, context)]
-        except (ValueError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in FULL:
-                raise
-            row = ["failed", skip(task.name, error)]
-        row += [None] * (len(table.columns) - len(row) - 2)
-        table.add([task.name, *row, time.perf_counter() - start])
+    with tqdm(total=len(plan.tasks), unit=" pictures", leave=False, disable=None) as bar:
+        start = time.perf_counter()
+        for group, waiting in _in_groups(plan.tasks, context):
+            probas = _predict(waiting, context)
+            shared = (time.perf_counter() - start) / len(group)
+            for task, error in group:
+                start, row = time.perf_counter() - shared, []
+                try:
+                    if error is not None:
+                        raise error
+                    if task.is_video:
+                        row = ["segmented", None, *_video(task, context)]
+                    else:
+                        row = ["segmented", None, *_picture(task, waiting, probas, context)]
+                except (ValueError, OSError) as error:
+                    if isinstance(error, OSError) and error.errno in FULL:
+                        raise
+                    row = ["failed", skip(task.name, error)]
+                row += [None] * (len(table.columns) - len(row) - 2)
+                table.add([task.name, *row, time.perf_counter() - start])
+                bar.update()
+            start = time.perf_counter()
     return failed
 
 
@@ -269,35 +331,81 @@ def _speed(context: Context, seconds: float) -> str:
 # Pictures
 
 
-def _picture(task: Task, context: Context) -> list[Any]:
-    """Segment a picture; return its height and width, and the cells of its prediction."""
-    name = str(task.file)
-    content = pictures.open_content(task.file, name, decode=False)
-    needed = memory_of(pictures.size_of(content), context.image_format, context.model)
-    _check_memory(name, pictures.size_of(content), needed, context)
-    content = pictures.open_content(task.file, name)
-    image = images.read(content, context.image_format, name)
-    del content
-    segmented = _segment(image, context)
-    del image
+def _picture(
+    task: Task, waiting: list[np.ndarray], probas: Iterator[np.ndarray], context: Context
+) -> list[Any]:
+    """Segment the first image that waits; return its height and width, and the cells of its
+    prediction."""
+    segmented = _segment(waiting.pop(0), probas, context)
     contents = _contents(segmented, context)
     for file, content in zip(task.results, contents, strict=True):
         results.save(file, content, context.options.overwrite)
     return [*segmented.mask.shape[:2], *_measured(segmented, context, task.name)]
 
 
+def _in_groups(
+    tasks: Iterable[Task], context: Context
+) -> Iterator[tuple[list[tuple[Task, Exception | None]], list[np.ndarray]]]:
+    """Read as many pictures as the network takes at a time, or as fit in the memory.
+
+    A video is not read, and comes by itself.
+
+    Yields:
+        Tasks, each with the error if its picture cannot be read; and the images of the others.
+    """
+    group, waiting, most = [], [], 0.0
+    for task in tasks:
+        error = None
+        try:
+            (context.options.out / task.name).parent.mkdir(parents=True, exist_ok=True)
+            needed = math.inf if task.is_video else _needed(task, context)
+            if group and max(most, needed) + sum(x.nbytes for x in waiting) > context.room:
+                yield group, waiting
+                group, waiting, most = [], [], 0.0
+            most = max(most, needed)
+            if not task.is_video:
+                waiting.append(_read(task, context))
+        except (ValueError, OSError) as caught:
+            error = caught
+        group.append((task, error))
+        if len(waiting) in (0, context.at_a_time):
+            yield group, waiting
+            group, waiting, most = [], [], 0.0
+    if group:
+        yield group, waiting
+
+
+def _needed(task: Task, context: Context) -> float:
+    """Bytes that the prediction of a picture takes, by its header."""
+    name = str(task.file)
+    size = pictures.size_of(pictures.open_content(task.file, name, decode=False))
+    _check_memory(name, size, needed := context.memory_of(size), context)
+    return needed
+
+
+def _read(task: Task, context: Context) -> np.ndarray:
+    name = str(task.file)
+    return images.read(pictures.open_content(task.file, name), context.image_format, name)
+
+
 def _check_memory(name: str, size: tuple[int, int], needed: float, context: Context) -> None:
-    if needed / 1e9 > context.options.max_memory:
+    if needed > context.room:
         raise DataError(
             f"{name}: {size[0]} x {size[1]} pixels take {needed / 1e9:.1f} GB: allow it with "
             f"--max-memory {needed / 1e9 + 0.05:.1f}"
         )
 
 
-def _segment(image: np.ndarray, context: Context) -> Segmented:
-    start = time.perf_counter()
-    proba = probabilities(context, image)
-    context.network += time.perf_counter() - start
+def _predict(waiting: list[np.ndarray], context: Context) -> Iterator[np.ndarray]:
+    """The probabilities of images, of which there may be none."""
+    with context.in_network():
+        return probabilities(context, waiting) if waiting else iter(())
+
+
+def _segment(image: np.ndarray, probas: Iterator[np.ndarray], context: Context) -> Segmented:
+    """Segment an image, whose probabilities come next."""
+    with context.in_network():
+        proba = next(probas)
     context.images += 1
     context.pixels += proba.shape[0] * proba.shape[1]
     threshold, drawn = context.options.threshold, {}
@@ -411,9 +519,11 @@ def _video(task: Task, context: Context) -> list[Any]:
     name, overwrite = str(task.file), context.options.overwrite
     clip = video.open_video(task.file)
     height, width = clip.size
-    needed = memory_of((width, height), context.image_format, context.model)
+    needed = context.memory_of((width, height))
     needed += width * height * (DECODER + ENCODER * len(context.drawn))
     _check_memory(name, (width, height), needed, context)
+    values = context.image_format.channels * (1 if context.image_format.raw else 4)
+    n = min(context.at_a_time, 1 + int((context.room - needed) / (width * height * values)))
     shown = height
     if context.several:
         shown += len(draw.legend(context.legend, width))
@@ -428,16 +538,40 @@ def _video(task: Task, context: Context) -> list[Any]:
         frames = stack.enter_context(closing(video.frames(clip)))
         frames = tqdm(frames, total=clip.frames, unit=" frames", leave=False, disable=None)
         stack.callback(frames.close)
-        start = time.perf_counter()
-        for i, frame in enumerate(frames):
-            picture = Image.fromarray(frame)
-            segmented = _segment(images.read(picture, context.image_format, name), context)
-            for kind, write in writers.items():
-                write(segmented.drawn[kind])
-            cells = _measured(segmented, context, task.name, i)
-            start, seconds = time.perf_counter(), time.perf_counter() - start
-            table.add([i, float(i / clip.fps), height, width, *cells, seconds])
+        start, i = time.perf_counter(), 0
+        for waiting in _read_frames(frames, n, name, context):
+            probas = _predict(waiting, context)
+            shared = (time.perf_counter() - start) / len(waiting)
+            while waiting:
+                start = time.perf_counter() - shared
+                segmented = _segment(waiting.pop(0), probas, context)
+                for kind, write in writers.items():
+                    write(segmented.drawn[kind])
+                cells = _measured(segmented, context, task.name, i)
+                seconds = time.perf_counter() - start
+                table.add([i, float(i / clip.fps), height, width, *cells, seconds])
+                i += 1
+            start = time.perf_counter()
     return [height, width]
+
+
+def _read_frames(
+    frames: Iterable[np.ndarray], n: int, name: str, context: Context
+) -> Iterator[list[np.ndarray]]:
+    """The images of a video, n at a time; at its end, or before an error, perhaps fewer."""
+    waiting = []
+    try:
+        for frame in frames:
+            waiting.append(images.read(Image.fromarray(frame), context.image_format, name))
+            if len(waiting) == n:
+                yield waiting
+                waiting = []
+    except DataError:
+        if waiting:
+            yield waiting
+        raise
+    if waiting:
+        yield waiting
 
 
 def main(args: list[str] | None = None) -> int:

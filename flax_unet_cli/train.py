@@ -199,6 +199,7 @@ def prepare(options: Options) -> Prepared:
         runs.check_workdir(workdir, content)
         if not checkpoint.exists(workdir / "checkpoints"):
             state = runs.create_state(settings, recipe, training, init_key, image_format.channels)
+            content["terms"] = runs.terms_of(settings)
     return Prepared(mesh, training, pictures, key, image_format.channels, content, state)
 
 

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 
-import numpy as np
+import drawn
 import pytest
 from PIL import Image
 
@@ -77,16 +77,7 @@ def test_the_line_of_an_epoch():
 
 @pytest.fixture
 def folders(tmp_path):
-    rng = np.random.default_rng(0)
-    for part in ("images", "masks"):
-        (tmp_path / part).mkdir()
-    for i in range(20):
-        mask = np.zeros((32, 32), np.uint8)
-        mask[i % 8 : 16, 4:20] = 255
-        image = rng.integers(0, 128, (32, 32, 3), np.uint8) + mask[..., None] // 2
-        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
-        Image.fromarray(mask).save(tmp_path / "masks" / f"{i}.png")
-    return tmp_path
+    return drawn.discs(tmp_path, 20, 32)
 
 
 def test_a_training_says_what_it_does_and_what_is_next(folders, capsys, monkeypatch):
@@ -128,7 +119,7 @@ def test_a_training_says_what_it_does_and_what_is_next(folders, capsys, monkeypa
         assert words[:4] == ["flax-unet", name, "--workdir", "run"]
         assert MODULES[name].main(words[2:] + rest) == 0
     assert (folders / "run-model" / "model.json").exists()
-    assert (folders / "predictions" / "0-mask.png").exists()
+    assert (folders / "predictions" / "00-mask.png").exists()
 
 
 def test_quiet_prints_warnings_and_errors_only(folders, capsys, monkeypatch):
@@ -141,8 +132,8 @@ def test_quiet_prints_warnings_and_errors_only(folders, capsys, monkeypatch):
     out = str(folders / "out")
     assert MODULES["predict"].main(["--workdir", run, "--quiet", "--out", out, images]) == 0
     assert capsys.readouterr() == ("", "")
-    Image.open(folders / "images" / "0.png").save(folders / "images" / "double.png")
-    Image.open(folders / "masks" / "0.png").save(folders / "masks" / "double.png")
+    Image.open(folders / "images" / "01.png").save(folders / "images" / "double.png")
+    Image.open(folders / "masks" / "01.png").save(folders / "masks" / "double.png")
     assert train.main(flags) == 1
     output, error = capsys.readouterr()
     assert output == "" and error.startswith("error: ")

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import drawn
 import flax.linen as nn
 import jax
 import numpy as np
@@ -112,16 +113,7 @@ def test_scores_on_several_devices_are_those_of_one():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root, rng = tmp_path_factory.mktemp("discs"), np.random.default_rng(0)
-    for part in ("images", "masks"):
-        (root / part).mkdir()
-    for i in range(30):
-        mask = np.zeros((16, 16), np.uint8)
-        mask[i % 8 : 12, 2:14] = 255
-        image = rng.integers(0, 128, (16, 16, 3), np.uint8) + mask[..., None] // 2
-        Image.fromarray(image).save(root / "images" / f"{i}.png")
-        Image.fromarray(mask).save(root / "masks" / f"{i}.png")
-    return root
+    return drawn.discs(tmp_path_factory.mktemp("discs"), 30, 16)
 
 
 def flags(folders, workdir, n, epochs):
@@ -255,6 +247,39 @@ def test_the_windows_of_a_picture_are_shared_by_the_devices(shape):
     placed = jax.device_put(np.zeros((6, 8, 8, 3), np.float32), devices.split(mesh))
     result = logits(devices.replicate(variables, mesh), placed)
     assert len(result.sharding.device_set) == 3
+
+
+@pytest.mark.parametrize("n", [1, 4, 5])
+def test_resized_images_are_shared_by_the_devices(n, monkeypatch):
+    model, mesh, rng = (
+        predict.Mirrored(UNet(features=(4, 8))),
+        devices.make_mesh(4),
+        np.random.default_rng(0),
+    )
+    variables = model.model.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
+    images = [rng.integers(0, 256, (20 + 5 * i, 30, 3), np.uint8) for i in range(n)]
+    one = [predict.predict_resized(model, variables, image, (16, 32)) for image in images]
+    real, rows = predict._apply, []
+
+    def spy(model):
+        def apply(variables, image):
+            rows.append([len(shard.data) for shard in image.addressable_shards])
+            return real(model)(variables, image)
+
+        return apply
+
+    batch = rng.integers(0, 256, (n, 15, 30, 3), np.uint8)  # padded
+    together = predict.predict_proba(model, variables, batch, mesh)
+    np.testing.assert_allclose(
+        together, predict.predict_proba(model, variables, batch), rtol=1e-4, atol=1e-5
+    )
+    monkeypatch.setattr(predict, "_apply", spy)
+    several = list(predict.predict_images(model, variables, images, (16, 32), mesh))
+    assert rows == [[-(-n // 4)] * 4]
+    for ours, expected in zip(several, one, strict=True):
+        if n <= 4:  # a device has one image
+            np.testing.assert_array_equal(ours, expected)
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_prediction_on_several_devices_writes_the_same_masks(folders, alone, tmp_path):

@@ -48,8 +48,8 @@ def model(tmp_path_factory):
 def bright(monkeypatch):
     """Probabilities are the red, green and blue of the picture."""
 
-    def probabilities(context, image):
-        return image[..., : context.model.num_classes] / np.float32(255)
+    def probabilities(context, images):
+        return iter([x[..., : context.model.num_classes] / np.float32(255) for x in images])
 
     monkeypatch.setattr(predict, "probabilities", probabilities)
 
@@ -557,3 +557,105 @@ def test_videos_without_the_extra_are_an_error_before_the_work(run, tmp_path, mo
     assert (code, output) == (1, "") and not (tmp_path / "out").exists()
     assert errors == "error: videos need imageio-ffmpeg: pip install 'flax-unet[video]'\n"
     assert run(tmp_path / "a.png")[0] == 0
+
+
+# Devices
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    """The numbers of images that the network takes at a time."""
+    numbers, real = [], predict.probabilities
+
+    def probabilities(context, images):
+        numbers.append(len(images))
+        return real(context, images)
+
+    monkeypatch.setattr(predict, "probabilities", probabilities)
+    return numbers
+
+
+def table(file):
+    return [row | {"seconds": None} for row in rows(file)]
+
+
+def test_devices_share_pictures_and_frames_and_change_nothing(model, groups, tmp_path, capsys):
+    for i in (0, 2, 3, 4, 6, 7):
+        picture(tmp_path / f"in/{i}.png", (20 + 9 * i, 70 - 9 * i), seed=i)
+    for i in (1, 8):
+        (tmp_path / f"in/{i}.png").write_bytes(b"no picture")
+    film(tmp_path / "in/5.mp4", n=7)
+    expected, results = {1: [1] * 13, 3: [3, 1, 3, 3, 1, 2]}, {}
+    for n in expected:
+        command = ["--model", model, "--out", tmp_path / str(n), "--devices", n, "--objects"]
+        command += ["--save", "overlay", "probabilities-npy", "--", tmp_path / "in"]
+        assert predict.main([str(word) for word in command]) == 1
+        captured = capsys.readouterr()
+        assert "7 of 9 pictures and videos" in captured.out and "\n13 images in " in captured.out
+        assert captured.out.endswith("left out: 1.png, 8.png\n")
+        assert captured.err.count("not a readable picture") == 2
+        assert groups == expected[n]
+        groups.clear()
+        out = tmp_path / str(n)
+        results[n] = [table(out / name) for name in ("predictions.csv", "5.csv")]
+        results[n].append(rows(out / "objects.csv"))
+    assert results[1] == results[3]
+    assert [row["file"] for row in results[1][0]] == [
+        f"{i}.{'mp4' if i == 5 else 'png'}" for i in range(9)
+    ]
+    one, three = tmp_path / "1", tmp_path / "3"
+    assert files(one) == files(three)
+    arrays = {file: np.load(file) for file in one.glob("*.npy")}
+    assert len(arrays) == 6 and len({array.mean() for array in arrays.values()}) == 6
+    for file, array in arrays.items():
+        np.testing.assert_array_equal(np.load(three / file.name), array)
+        overlay = file.name.replace("probability.npy", "overlay.png")
+        assert (one / overlay).read_bytes() == (three / overlay).read_bytes()
+
+
+def test_only_what_fits_in_the_memory_waits_for_the_other_devices(model, run, groups, tmp_path):
+    sizes = {"large": (400, 600), "small": (200, 300)}
+    for i, kind in enumerate(["large", "small", "small", "large", "small"]):
+        picture(tmp_path / f"in/{i}.png", sizes[kind])
+    film(tmp_path / "v.mp4", n=5, size=(200, 300))
+    net, variables, *_ = pack.load(model)
+    parameters = sum(x.nbytes for x in jax.tree.leaves(variables))
+    others = 3 * (parameters + predict.WINDOW * 32 * 32)  # of the other devices
+    large, small, frame = (
+        predict.memory_of((width, height), images.RGB, net, others) + more * width * height
+        for height, width, more in ((400, 600, 0), (200, 300, 0), (200, 300, 180))
+    )
+    bytes_of = {kind: 3 * height * width for kind, (height, width) in sizes.items()}
+    for out, enough, file, expected in (
+        ("a", large + 10 * bytes_of["large"], "in", [4, 1]),
+        ("b", large + bytes_of["large"] - 1000, "in", [1, 3, 1]),
+        ("c", large + bytes_of["small"] + 1000, "in", [1, 2, 1, 1]),
+        ("d", large + 1000, "in", [1, 2, 1, 1]),
+        ("e", small + 1000, "in", [1, 1, 1]),
+        ("f", frame + 9 * bytes_of["small"], "v.mp4", [4, 1]),
+        ("g", frame + 1.5 * bytes_of["small"], "v.mp4", [2, 2, 1]),
+        ("h", frame + 1000, "v.mp4", [1] * 5),
+    ):
+        words = tmp_path / file, "--devices", 4, "--max-memory", repr(enough / 1e9)
+        code, output, _ = run(*words, out=out)
+        assert (groups, code) == (expected, out == "e"), out
+        groups.clear()
+
+
+def test_frames_before_the_damage_are_written_by_several_devices_too(run, groups, tmp_path):
+    film(tmp_path / "b.mp4", n=40, size=(32, 100))
+    mkv = video.ffmpeg(), "-v", "error", "-i", tmp_path / "b.mp4", "-c", "copy", tmp_path / "c.mkv"
+    subprocess.run(mkv, check=True)
+    os.truncate(tmp_path / "c.mkv", (tmp_path / "c.mkv").stat().st_size * 8 // 10)
+    for n in (1, 4):
+        assert run(tmp_path / "c.mkv", "--devices", n, out=str(n))[0] == 1
+    one, four = (table(tmp_path / f"{n}/c.csv") for n in (1, 4))
+    assert one == four and len(one) % 4
+
+
+def test_windows_are_shared_and_the_pictures_are_not(model, groups, tmp_path):
+    for i in range(3):
+        picture(tmp_path / f"in/{i}.png", (50, 70), seed=i)
+    command = ["--model", model, "--out", tmp_path / "out", "--window", 32, "--devices", 3]
+    assert predict.main([str(word) for word in [*command, tmp_path / "in"]]) == 0
+    assert groups == [1, 1, 1]

@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import drawn
 import jax
 import numpy as np
 import pytest
@@ -52,19 +53,7 @@ EPOCHS = 16
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Sixty pictures of a disc on noise."""
-    root = tmp_path_factory.mktemp("discs")
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:32, :32]
-    for part in ("images", "masks"):
-        (root / part).mkdir()
-    for i in range(60):
-        r, (cy, cx) = rng.uniform(4, 9), rng.uniform(8, 24, 2)
-        disc = (y - cy) ** 2 + (x - cx) ** 2 < r * r
-        image = rng.normal(90, 25, (32, 32, 3)) + 80 * disc[..., None]
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / f"images/{i:02d}.png")
-        Image.fromarray(disc.astype(np.uint8) * 255).save(root / f"masks/{i:02d}.png")
-    return root
+    return drawn.discs(tmp_path_factory.mktemp("discs"), 60, 32)
 
 
 def arguments(folders, workdir, features="8 16", **changes):

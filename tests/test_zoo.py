@@ -4,10 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import drawn
 import pytest
 
 from flax_unet import pack, runs, zoo
-from flax_unet_cli import evaluate, export
+from flax_unet_cli import evaluate, export, train
 
 MODELS = Path(__file__).parent.parent / "models"
 WHAT_WAS_FOUND = "is a shipped model, and also"
@@ -117,3 +118,28 @@ def test_other_models_have_no_such_terms():
     assert trained.terms
     other = trained._replace(settings=runs.Settings(dataset="folder"))
     assert other.terms == ""
+
+
+def test_what_is_fine_tuned_on_other_pictures_keeps_the_terms(here):
+    """Through an export, a second fine-tuning and a resumption without the first model."""
+    drawn.discs(here, 10, 16)
+
+    def run(workdir, *more):
+        flags = "--dataset folder --images images --masks masks --image-size 16 --features 4 8"
+        flags = [*flags.split(), "--workdir", workdir, "--epochs", "1", *more]
+        assert train.main(flags) == 0
+        return runs.load_model(workdir).terms
+
+    assert run("own") == ""
+    file = here / "own" / "config.json"
+    content = json.loads(file.read_text())
+    content["settings"]["dataset"] = "kvasir_seg"  # as if it had been trained on that
+    del content["terms"]  # as before it was recorded
+    file.write_text(json.dumps(content))
+    assert run("tuned", "--init", "own") == runs.TERMS
+    assert export.main(["--workdir", "tuned", "--out", "model"]) == 0
+    assert "Kvasir-SEG" in (here / "model" / "LICENSE").read_text()
+    assert runs.load_model("model").settings.init is None
+    assert run("again", "--init", "model") == runs.TERMS
+    shutil.rmtree(here / "model")
+    assert run("again", "--init", "model", "--epochs", "2") == runs.TERMS
