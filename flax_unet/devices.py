@@ -189,7 +189,7 @@ def rows_here(n: int, mesh: Mesh | None) -> np.ndarray | None:
         return None
     total = n + -n % mesh.size
     parts = split(mesh).addressable_devices_indices_map((total,)).values()
-    return np.unique([row for part in parts for row in range(total)[part[0]]])
+    return np.unique([row for part in parts if part for row in range(total)[part[0]]])
 
 
 def join(part: np.ndarray, n: int, mesh: Mesh) -> jax.Array:

@@ -52,10 +52,10 @@ def start(
         ConnectionError: they do not answer within five minutes.
     """
     given = coordinator, number, index
-    if any(each is None for each in given) and any(each is not None for each in given):
+    if any(x is None for x in given) and any(x is not None for x in given):
         raise ValueError("--coordinator, --processes and --process go together: give all three")
     method = None if coordinator is None else "deactivate"  # all devices of this machine
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     try:
         jax.distributed.initialize(
             *given, cluster_detection_method=method, heartbeat_timeout_seconds=HEARTBEAT
@@ -69,8 +69,14 @@ def start(
     except RuntimeError as error:
         reason = " ".join(str(error)[:200].splitlines())
         raise ConnectionError(f"the other processes do not answer: {reason}") from error
-    for each, handler in handlers.items():  # JAX has its own for SIGTERM
-        signal.signal(each, handler)
+    for which, handler in handlers.items():  # JAX has its own for SIGTERM
+        signal.signal(which, handler)
+    # On CPUs they connect in their first exchange, which fails if one of them is 30 seconds late
+    # (Gloo's limit); later they wait. So it is here, where all have just begun.
+    each(lambda: None)
+    everywhere = Mesh(jax.devices(), "device")
+    one = devices.place(np.ones(everywhere.size), devices.split(everywhere))
+    jax.jit(jnp.sum, out_shardings=devices.replicated(everywhere))(one).block_until_ready()
 
 
 def others_unasked() -> str | None:

@@ -169,6 +169,7 @@ def test_a_signal_to_one_process_stops_all_and_another_topology_goes_on(
             assert ours[name] == pytest.approx(right[name], rel=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_the_other_process_ends_if_one_is_killed_while_saving(folders, alone, tmp_path, lost):  # noqa: F811
     """Split over two processes; the restart goes on from the newest whole checkpoint."""
