@@ -6,11 +6,7 @@ again from time to time, so that a run that is stopped has a result, too. The ti
 clock, and that of all threads of this process, which other processes disturb less.
 """
 
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import numpy as np
