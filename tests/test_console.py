@@ -42,7 +42,8 @@ def test_help_has_examples_and_no_none(name, capsys, monkeypatch):
 
 def test_help_of_training_is_grouped(capsys):
     groups = re.findall(r"^\W+(\w* ?options) \W+$", help_of("train", capsys), re.M)
-    assert groups == ["options", *(f"{x} options" for x in "data training masks pictures".split())]
+    names = "data training masks pictures processes".split()
+    assert groups == ["options", *(f"{x} options" for x in names)]
 
 
 @pytest.mark.parametrize("study", [ablate, data_efficiency])

@@ -165,7 +165,7 @@ def test_a_run_explains_itself(undisturbed):
     assert list((workdir / "tensorboard").glob("events.*"))
     config = json.loads((workdir / "config.json").read_text())
     parts = {*runs.DETERMINES, "places", "device", "versions"}
-    assert config.keys() == parts | {"summary"} and {"masks", "images"} <= parts
+    assert config.keys() == parts | {"summary", "terms"} and {"masks", "images"} <= parts
     assert config["summary"]["files_left_out"] == 0
     assert config["settings"]["features"] == [8, 16] and config["settings"]["recipe"] == "unet"
     assert set(config["data"]) == {"train", "validation", "test"} and "jax" in config["versions"]
