@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -230,12 +232,19 @@ def test_one_of_several_processes_that_know_nothing_of_each_other_is_refused(
     [
         (["--coordinator", "localhost:1"], "go together: give all three"),
         (["--distributed", "--process", "1"], "leave out --coordinator"),
-        (["--distributed"], "JAX finds no other processes"),
     ],
 )
 def test_flags_that_name_no_processes_are_refused(folders, tmp_path, capsys, words, expected):  # noqa: F811
     assert train_program.main([*flags(folders, tmp_path / "run", 1, 1), *words]) == 1
     assert expected in capsys.readouterr().err
+
+
+def test_no_other_processes_are_found(folders, tmp_path):  # noqa: F811
+    words = [*flags(folders, tmp_path / "run", 1, 1), "--distributed"]
+    program = [sys.executable, "-m", "flax_unet_cli", "train", *words]  # JAX has used no device yet
+    run = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert "JAX finds no other processes" in run.stderr
 
 
 def test_an_environment_without_processes_is_one():
