@@ -360,7 +360,7 @@ def predict_images(
     size: int | tuple[int, int] | None,
     mesh: Mesh | None = None,
 ) -> Iterator[np.ndarray]:
-    """`predict_resized` of several images at once, each of its own size.
+    """Predict several images at once, each of its own size, as `predict_resized` does one.
 
     The network runs once for all of them, when this is called. With at most as many images as
     devices each one has exactly the result that it has alone.

@@ -202,7 +202,7 @@ def is_of_others(error: BaseException | None) -> bool:
     """Whether an error, or one that it comes from, may be that another process is lost."""
     if error is None or count() == 1:
         return False
-    if "Gloo" in str(error):  # a ValueError where an array is fetched
+    if "Gloo" in str(error):  # of whatever type
         return True
     if isinstance(error, jax.errors.JaxRuntimeError):
         return "RESOURCE_EXHAUSTED" not in str(error)

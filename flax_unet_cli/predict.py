@@ -403,7 +403,7 @@ def _predict(waiting: list[np.ndarray], context: Context) -> Iterator[np.ndarray
 
 
 def _segment(image: np.ndarray, probas: Iterator[np.ndarray], context: Context) -> Segmented:
-    """Segment an image, whose probabilities come next."""
+    """Segment an image, given an iterator whose next item is its probabilities."""
     with context.in_network():
         proba = next(probas)
     context.images += 1
