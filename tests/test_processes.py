@@ -201,11 +201,11 @@ def test_an_unreadable_picture_ends_both_processes_with_its_name(folders, tmp_pa
         (tmp_path / part).mkdir()
         for file in (folders / part).iterdir():
             (tmp_path / part / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "images" / "7.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "07.png").write_bytes(b"no picture")
     with several.train(2, 1, *command(tmp_path, tmp_path / "run", 2)) as run:
         assert run.wait(120) == [1, 1], run.outputs
     for output in run.outputs:
-        assert "error: " in output and "7.png" in output and "Traceback" not in output
+        assert "error: " in output and "07.png" in output and "Traceback" not in output
     assert not (tmp_path / "run").exists()
 
 
