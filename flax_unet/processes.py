@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.distributed import global_state  # its public form lacks the key-value store
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -210,16 +211,32 @@ def is_of_others(error: BaseException | None) -> bool:
 
 
 def lost(error: BaseException) -> None:
-    """End this process as another one does not answer. JAX says before which one it is."""
+    """End this process as another one does not answer, with an error that names that one.
+
+    If it is process 0, JAX ends this one before, with an error that calls it the leader task.
+    """
     reason = " ".join(str(error)[:200].splitlines())
+    names = " and ".join(f"process {i}" for i in _silent()) or "another process"
     print(
-        f"error: another process has ended or does not answer: {reason}\n"
-        f"JAX names it below, within {HEARTBEAT} seconds",
+        f"error: {names} of {count()} has ended or does not answer: {reason}",
         file=sys.stderr,
         flush=True,
     )
-    time.sleep(HEARTBEAT + PATIENCE)  # JAX ends this process meanwhile
+    if index() == 0:
+        time.sleep(PATIENCE)  # the others ask it which one it is
     _exit(1)
+
+
+def _silent() -> list[int]:
+    """The processes that do not tell process 0 within `PATIENCE` seconds that they are here."""
+    client: Any = global_state.client
+    try:
+        client.key_value_set(f"here/{index()}", "", allow_overwrite=True)
+        time.sleep(PATIENCE)
+        here = {int(key.split("/")[-1]) for key, _ in client.key_value_dir_get("here")}
+    except jax.errors.JaxRuntimeError:
+        return [0]
+    return [i for i in range(count()) if i not in here]
 
 
 @contextlib.contextmanager
@@ -267,6 +284,8 @@ def _portable(error: Exception) -> Exception:
 
 def _exchange_error(outcome: Any, error: Exception) -> list[Any]:
     """Tell the others of an error; they may be where they do not listen."""
+    if is_of_others(error):
+        raise error
     with within(PATIENCE, error=error):
         outcomes = _exchange(outcome)
     error._exchanged = True  # type: ignore[attr-defined]

@@ -71,11 +71,12 @@ def test_a_data_set_is_copied_to_each_device_unless_it_is_on_all():
     assert devices.put(parts, mesh)["image"] is parts["image"]
 
 
-@pytest.mark.parametrize("n", [3, 4])
+@pytest.mark.parametrize("n", [1, 3, 4])
 @pytest.mark.parametrize("resident", [False, True])
 def test_steps_on_several_devices_are_those_of_one(n, resident):
-    """Batches of 5, which neither 3 nor 4 devices can share equally."""
-    mesh, model, tx = devices.make_mesh(n), Plain(), optax.adam(1e-2)
+    """Batches of 5, which neither 3 nor 4 devices can share equally; and one that is not JAX's."""
+    model, tx, last = Plain(), optax.adam(1e-2), jax.devices()[-n:]
+    mesh = jax.make_mesh((n,), ("batch",), axis_types=(AxisType.Auto,), devices=last)
     states, results = [], []
     for place in (None, mesh):
         state = train.create_train_state(model, tx, jax.random.key(0), (1, 8, 8, 3))
@@ -89,6 +90,7 @@ def test_steps_on_several_devices_are_those_of_one(n, resident):
                 batch |= {"image": image, "mask": mask, "index": np.arange(5, dtype=np.int32)}
             state, result = step(state, batch, jax.random.key(1))
             results.append(jax.device_get(result))
+        assert place is None or state.step.devices() == set(last)
         states.append(jax.device_get(state.params))
     for one, several in zip(results[:4], results[4:], strict=True):
         assert several["loss"] == pytest.approx(one["loss"], rel=1e-5)

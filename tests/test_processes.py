@@ -5,13 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
 import pytest
-import several
 import together
+from faults import several
 from test_devices import flags, folders, history  # noqa: F401
 
 from flax_unet import checkpoint, devices, processes
@@ -134,10 +133,6 @@ def epochs_of(workdir):
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def half_saved(workdir):
-    return {entry.name for entry in (workdir / "checkpoints").glob("*tmp*")}
-
-
 @pytest.fixture(scope="module")
 def alone(folders, tmp_path_factory):  # noqa: F811
     """A run of five epochs in one process, on one device."""
@@ -169,31 +164,6 @@ def test_a_signal_to_one_process_stops_all_and_another_topology_goes_on(
     for ours, right in zip(lines, expected, strict=False):
         for name in ("loss", "val_loss", "dice_per_image", "val_dice_per_image"):
             assert ours[name] == pytest.approx(right[name], rel=1e-5), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
-def test_the_other_process_ends_if_one_is_killed_while_saving(folders, alone, tmp_path, lost):  # noqa: F811
-    """Split over two processes; the restart goes on from the newest whole checkpoint."""
-    workdir = tmp_path / "run"
-    with several.train(2, 1, *command(folders, workdir, 500, "--fsdp")) as run:
-        run.until(lambda: epochs_of(workdir) >= 2)
-        before = half_saved(workdir)
-        run.until(lambda: half_saved(workdir) - before)
-        run.processes[lost].kill()
-        began = time.monotonic()
-        assert run.processes[1 - lost].wait(60) != 0
-        assert time.monotonic() - began < 60
-    other = run.outputs[1 - lost]
-    assert "another process has ended" in other or "another task died" in other
-    steps = [
-        int(entry.name) for entry in (workdir / "checkpoints").iterdir() if entry.name.isdigit()
-    ]
-    assert steps
-    assert train_program.main(flags(folders, workdir, 1, max(5, epochs_of(workdir)))) == 0
-    lines = history(workdir)
-    for ours, right in zip(lines, history(alone), strict=False):
-        assert ours["loss"] == pytest.approx(right["loss"], rel=1e-5)
 
 
 def test_an_unreadable_picture_ends_both_processes_with_its_name(folders, tmp_path):  # noqa: F811

@@ -10,7 +10,19 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from . import arrays, cache, checkpoints, fuzz, kills, models, pictures, records, torch_files, zips
+from . import (
+    arrays,
+    cache,
+    checkpoints,
+    fuzz,
+    kills,
+    lost,
+    models,
+    pictures,
+    records,
+    torch_files,
+    zips,
+)
 from .outcome import Outcome
 
 
@@ -29,6 +41,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "trainings killed": Kind(kills.run, 1, 12),
+    "one of two processes killed": Kind(lost.run, 1, 10),
     "exported models": Kind(models.run, 60, 3_000),
     "checkpoints": Kind(checkpoints.run, 15, 600),
     "config.json": Kind(records.run_config, 60, 3_000),

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,15 +58,21 @@ def draw(root: Path) -> None:
         Image.fromarray(mask).save(root / f"masks/{i}.png")
 
 
+def flags(root: Path, workdir: Path, epochs: int) -> list[Any]:
+    """Of a training on the pictures in `root`."""
+    return [
+        *("--workdir", workdir, "--dataset", "folder", "--epochs", epochs, "--image-size", 16),
+        *("--images", root / "images", "--masks", root / "masks"),
+        *("--features", 2, 4, "--batch-size", 4),
+    ]
+
+
 def start(root: Path, workdir: Path) -> subprocess.Popen:
-    flags = ["--workdir", workdir, "--dataset", "folder", "--epochs", str(EPOCHS)]
-    flags += ["--images", root / "images", "--masks", root / "masks", "--image-size", "16"]
-    flags += ["--features", "2", "4", "--batch-size", "4"]
     # A restarted program finds what the first one compiled.
     compiled = {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), "JAX_PLATFORMS": "cpu"}
     compiled |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XDG_CACHE_HOME": str(root)}
     return subprocess.Popen(
-        [sys.executable, "-m", "flax_unet_cli", "train", *flags],
+        [sys.executable, "-m", "flax_unet_cli", "train", *map(str, flags(root, workdir, EPOCHS))],
         cwd=ROOT,
         env=os.environ | compiled,
         stdout=subprocess.PIPE,
