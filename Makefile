@@ -18,7 +18,7 @@ demo-classes: .venv/installed
 
 demo-two-processes: .venv/installed
 	PYTHON=$(BIN)/python experiments/two_processes.sh --workdir runs/demo-two-processes \
-	  --dataset synthetic_polyps --image-size 64 --features 16 32 64 128 --epochs 12 \
+	  --dataset synthetic_polyps --image-size 64 --features 16 32 64 128 --epochs 6 \
 	  --data-dir runs/demo/data
 	$(BIN)/python experiments/evaluate.py --workdir runs/demo-two-processes
 

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.distributed import global_state  # its public form lacks the key-value store
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -229,13 +228,18 @@ def lost(error: BaseException) -> None:
 
 def _silent() -> list[int]:
     """The processes that do not tell process 0 within `PATIENCE` seconds that they are here."""
-    client: Any = global_state.client
-    try:
+    try:  # JAX has no public way to its key-value store: then JAX's own error has to do
+        from jax._src.distributed import global_state
+
+        client: Any = global_state.client
         client.key_value_set(f"here/{index()}", "", allow_overwrite=True)
         time.sleep(PATIENCE)
         here = {int(key.split("/")[-1]) for key, _ in client.key_value_dir_get("here")}
     except jax.errors.JaxRuntimeError:
         return [0]
+    except (ImportError, AttributeError, TypeError):
+        time.sleep(HEARTBEAT + PATIENCE)  # JAX ends this process meanwhile
+        return []
     return [i for i in range(count()) if i not in here]
 
 

@@ -517,7 +517,7 @@ def make_train_step(
     return on_mesh
 
 
-def _on_one(step: Any, device: jax.Device) -> Callable[..., Any]:
+def _on_one(step: Any, device: Any) -> Callable[..., Any]:
     """A compiled step on one device, without the time that a mesh takes in each step."""
 
     def on_one(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Any]:
