@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,16 +104,38 @@ def wide_alone():
         return together.steps(None, split=True)
 
 
+def restored(folder, like):
+    """CRCs of the arrays that one process restores on one and on four devices, and the progress."""
+    abstract, mesh, found = jax.eval_shape(lambda: like), devices.make_mesh(4), []
+    for target in (abstract, devices.abstract(abstract, mesh, split=True)):
+        with checkpoint.open_checkpoints(folder) as checkpoints:
+            state, progress = checkpoint.restore(checkpoints, target)
+        leaves = jax.tree.leaves(state)
+        crcs = [together.zlib.crc32(np.asarray(leaf).tobytes()) for leaf in leaves]
+        found.append((crcs, progress))
+    return found
+
+
 def test_what_two_processes_save_is_restored_by_one_bit_for_bit(two, saved_elsewhere):
     folder, like = saved_elsewhere
-    abstract = jax.eval_shape(lambda: like)
-    for place in (None, devices.make_mesh(4)):
-        target = abstract if place is None else devices.abstract(abstract, place, split=True)
-        with checkpoint.open_checkpoints(folder / "here") as checkpoints:
-            state, progress = checkpoint.restore(checkpoints, target)
-        crcs = [together.zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(state)]
-        assert progress == {"a": 1}
-        assert crcs == two[0]["saved"] == two[1]["saved"]
+    assert two[0]["saved"] == two[1]["saved"]
+    assert restored(folder / "here", like) == [(two[0]["saved"], {"a": 1})] * 2
+
+
+@pytest.mark.slow
+def test_what_two_processes_save_is_restored_by_four_and_theirs_by_one(
+    two, saved_elsewhere, tmp_path
+):
+    folder, like = saved_elsewhere
+    shutil.copytree(folder / "here", tmp_path / "other")
+    with several.Several(4, 1, [several.ROOT / "tests" / "together.py", tmp_path]) as program:
+        assert program.wait(500) == [0] * 4, program.outputs
+    results = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(4)]
+    for result in results:
+        assert result["restored"]["False"] == [two[0]["saved"], [True]]
+        assert result["restored"]["True"] == [two[0]["saved"], [False, True]]
+        assert result["saved"] == results[0]["saved"]
+    assert restored(tmp_path / "here", like) == [(results[0]["saved"], {"a": 1})] * 2
 
 
 def test_what_one_process_has_saved_is_restored_by_two_bit_for_bit(two, saved_elsewhere):
