@@ -40,6 +40,7 @@ Trained models
     objects       connected objects of a mask: area, box, centroid
     video         videos, a frame at a time (ffmpeg)
     evaluate      scores over a data set, and the report
+    shifts        pictures as other endoscopes could have taken them
     report        the report as a page of HTML
     svg           its plots
     draw          pictures of predictions, learning curves

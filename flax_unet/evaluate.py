@@ -10,7 +10,7 @@ Metrics are defined in `flax_unet.metrics` and `flax_unet.boundary`.
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -354,6 +354,12 @@ def score_picture(
         "assd": percent * boundary.assd(distances),
         "surface_dice": boundary.surface_dice(distances, tolerance / percent),
     }
+
+
+def counts_of(batches: Iterable[Scores]) -> metrics.Confusion:
+    """The counts per image [N, C] at the network's size, of everything that `score` yields."""
+    parts = [[x[: len(batch.name)] for x in batch.result["confusion"]] for batch in batches]
+    return metrics.Confusion(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def report(

@@ -6,11 +6,12 @@ prediction, and a reliability diagram.
 examples:
   flax-unet evaluate --workdir runs/mine --split validation
   flax-unet evaluate --model strong --images my/images --masks my/masks --out scores/
+  flax-unet evaluate --workdir runs/mine --shifted
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,11 +22,12 @@ from tqdm import tqdm
 
 from flax_unet import data, devices, draw, formats, images, metrics, runs, zoo
 from flax_unet.draw import Panels
-from flax_unet.evaluate import RATIOS, Scores, cost, report, score
+from flax_unet.evaluate import RATIOS, Scores, cost, counts_of, report, score
 from flax_unet.folders import MaskFiles
 from flax_unet.formats import MaskFormat
 from flax_unet.pictures import DataError, resize_image, resize_mask
 from flax_unet.report import report_html
+from flax_unet.shifts import SHIFTS, Shifted, summary
 from flax_unet_cli import program
 from flax_unet_cli.model_path import ModelPath
 from flax_unet_cli.sources import MaskFlags, RangeFlags, declared, open_sources, protocol, split_of
@@ -73,6 +75,9 @@ class Options:
     place of resizing them; by default if the model was trained on crops, of their size."""
     threshold: float = 0.5
     """Probability above which a pixel is of a class (one class or overlapping ones)."""
+    shifted: bool = False
+    """Also score the pictures as other endoscopes could have taken them: nine shifts of colour,
+    sharpness, view and so on, for grey or colours of 8 bits. Ten times the work."""
     quiet: bool = False
     """Print warnings and errors only."""
     devices: int | None = None
@@ -171,6 +176,11 @@ def show(content: dict[str, Any]) -> None:
         )
     for name, value in counted.items():
         print(f"  {name:<20}{value:{',' if isinstance(value, int) else '.2f'}}")
+    if shifted := content.get("shifted"):
+        print("  dice_per_image of shifted pictures, their mean, and the drop to it:")
+    for name, scores in (shifted or {}).items():
+        interval = _interval(*scores["dice_per_image_interval"])
+        print(f"    {name:<18}{scores['dice_per_image']:.4f}{interval}")
 
 
 def _interval(low: float, high: float) -> str:
@@ -219,15 +229,17 @@ def run(options: Options) -> None:
     model, size = trained.predictor(
         flips=options.flips, window=options.window, progress=True, mesh=mesh
     )
-    n, batches = len(source), []
+    n = len(source)
     mask_format = format_of(options, trained, source)
     image_format = options.ranges.apply(trained.image_format)
-    print(f"predicting {n} pictures, after compiling", flush=True)
-    with tqdm(total=n, unit=" pictures", leave=False, disable=None) as bar:
+    shifts = [*SHIFTS] if options.shifted else []
+    shifted = {each: Shifted(source, each, mask_format, image_format) for each in shifts}
+
+    def scored(pictures: Sequence[dict[str, Any]], mask_format: MaskFormat) -> Iterator[Scores]:
         for batch in score(
             model,
             trained.variables,
-            source,
+            pictures,
             size,
             mask_format,
             image_format,
@@ -237,8 +249,16 @@ def run(options: Options) -> None:
             threshold=options.threshold,
             mesh=mesh,
         ):
-            batches.append(batch)
+            yield batch
             bar.update(len(batch.name))
+
+    total = n * (1 + len(shifted))
+    print(f"predicting {total} pictures, after compiling", flush=True)
+    with tqdm(total=total, unit=" pictures", leave=False, disable=None) as bar:
+        batches = list(scored(source, mask_format))
+        counts_shifted = {
+            name: counts_of(scored(each, each.mask_format)) for name, each in shifted.items()
+        }
     names = mask_format.learned
     scores, counts, reliability = report(batches, names)
     fingerprint = data.fingerprint(source)
@@ -260,6 +280,8 @@ def run(options: Options) -> None:
         "surface_dice_tolerance": TOLERANCE,
         **scores,
     }
+    if shifted:
+        content["shifted"] = summary(counts, counts_shifted)
     if trained.checkpoint == "best" and on_validation:
         print("note: the best checkpoint was chosen on these very images")
     if options.images is None and trained.fingerprints.get(what) != fingerprint:
@@ -274,6 +296,7 @@ def run(options: Options) -> None:
         stem += "-window-" + "x".join(map(str, model.size))
     stem += f"-threshold-{options.threshold:g}" if options.threshold != 0.5 else ""
     stem += "-ranged" if image_format != trained.image_format else ""
+    stem += "-shifted" if shifted else ""
     out.mkdir(parents=True, exist_ok=True)
     runs.write_atomically(out / f"{stem}.json", json.dumps(content, indent=2) + "\n")
     captions = [f"{word}: {each}" for word, each in zip(WORDS, shown, strict=True)]
