@@ -229,10 +229,12 @@ def random_colour(
     contrast: float = 0.2,
     saturation: float = 0.2,
     hue: float = 10.0,
+    tint: float = 0.0,
+    gamma: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Change the colours of each image, uniformly at random.
 
-    An image without colours, which has other than 3 channels, only changes brightness and contrast.
+    An image without colours, which has other than 3 channels, keeps saturation, hue and tint.
 
     Args:
         key: a PRNG key.
@@ -240,12 +242,20 @@ def random_colour(
         mask: returned unchanged.
         brightness, contrast, saturation: maximum difference of the factor from 1.
         hue: maximum in degrees, in either direction.
+        tint: maximum difference of each colour's own factor from 1, as of another white balance.
+        gamma: maximum exponent; its inverse is the minimum. Uniform in the logarithm.
 
     Returns:
         The image, float32 in [0, 1], and the mask.
     """
 
     def per_image(key: jax.Array, image: jax.Array) -> jax.Array:
+        # Draws of their own: without them a run is that of a version that did not have them.
+        v = jax.random.uniform(jax.random.fold_in(key, 1), (4,), minval=-1.0)
+        if gamma != 1:
+            image = image ** (gamma ** v[3])
+        if tint and image.shape[-1] == 3:
+            image = jnp.clip(image * (1 + tint * v[None, None, :3]), 0, 1)
         u = jax.random.uniform(key, (4,), minval=-1.0)
         if image.shape[-1] != 3:
             mean = (1 + brightness * u[0]) * image.mean()
@@ -295,8 +305,43 @@ def recolour(
     return jnp.clip(mixed + (1 - contrast) * mean_grey, 0, 1)
 
 
+def random_light(
+    key: jax.Array,
+    image: jax.Array,
+    mask: jax.Array,
+    *,
+    shade: float = 0.5,
+    haze: float = 0.3,
+) -> tuple[jax.Array, jax.Array]:
+    """Shade each image unevenly, and lay an uneven haze over it, each with probability 1/2.
+
+    Both vary smoothly: by a 4x4 grid of knots, uniform in [0, 1), interpolated cubically.
+
+    Args:
+        key: a PRNG key.
+        image: [B, H, W, C], uint8 or float in [0, 1].
+        mask: returned unchanged.
+        shade: maximum fraction of the light that a pixel loses, uniform from 0.
+        haze: maximum fraction of white in a pixel, uniform from 0.
+
+    Returns:
+        The image, float32 in [0, 1], and the mask.
+    """
+
+    def per_image(key: jax.Array, image: jax.Array) -> jax.Array:
+        def field(i: int) -> jax.Array:
+            knots = jax.random.uniform(jax.random.fold_in(key, i), (4, 4, 1))
+            smooth = jax.image.resize(knots, (*image.shape[:2], 1), "cubic")
+            return jnp.clip(smooth, 0, 1) * _zero_or_uniform(jax.random.fold_in(key, i + 1))
+
+        image = image * (1 - shade * field(0))
+        return image + haze * field(2) * (1 - image)
+
+    return jax.vmap(per_image)(_keys(key, image), as_float(image)), mask
+
+
 def random_blur(
-    key: jax.Array, image: jax.Array, mask: jax.Array, *, sigma: float = 1.5
+    key: jax.Array, image: jax.Array, mask: jax.Array, *, sigma: float = 1.5, share: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
     """Blur each image with probability 1/2.
 
@@ -305,13 +350,15 @@ def random_blur(
         image: [B, H, W, C], uint8 or float in [0, 1].
         mask: returned unchanged.
         sigma: maximum in pixels, uniform from 0; see `blur`.
+        share: the same as a fraction of the height, which is added to `sigma`.
 
     Returns:
         The image, float32 in [0, 1], and the mask.
     """
+    most = sigma + share * image.shape[1]
 
     def per_image(key: jax.Array, image: jax.Array) -> jax.Array:
-        return blur(image, sigma * _zero_or_uniform(key), radius=math.ceil(2 * sigma))
+        return blur(image, most * _zero_or_uniform(key), radius=math.ceil(2 * most))
 
     return jax.vmap(per_image)(_keys(key, image), as_float(image)), mask
 

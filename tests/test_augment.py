@@ -245,6 +245,57 @@ def test_random_hues_have_the_stated_range():
     assert rotation.std() == pytest.approx(10 / 3**0.5, rel=0.15)
 
 
+def test_random_tints_and_gammas_have_the_stated_ranges():
+    colour = np.array([0.6, 0.4, 0.5])
+    image = jnp.full((400, 4, 4, 3), colour)
+    change = partial(augment.random_colour, brightness=0, contrast=0, saturation=0, hue=0)
+    tinted, _ = change(jax.random.key(0), image, image, tint=0.2)
+    factors = np.asarray(tinted)[:, 0, 0] / colour
+    assert 0.19 < abs(factors - 1).max() <= 0.2001
+    assert abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.25  # independent of each other
+    curved, _ = change(jax.random.key(0), image, image, gamma=1.5)
+    exponents = np.log(np.asarray(curved)[:, 0, 0]) / np.log(colour)
+    np.testing.assert_allclose(exponents, exponents[:, :1].repeat(3, 1), rtol=1e-4)
+    assert 0.37 < abs(np.log(exponents)).max() <= np.log(1.5) + 1e-4
+    assert abs(np.log(exponents).mean()) < 0.06  # uniform in the logarithm
+    white, _ = change(jax.random.key(0), jnp.ones((50, 4, 4, 3)), image, tint=0.2)
+    assert white.max() == 1
+    grey, _ = change(jax.random.key(0), image[..., :1], image, tint=0.2)
+    np.testing.assert_allclose(grey, image[..., :1], rtol=1e-6)
+
+
+def test_without_tint_and_gamma_colours_are_those_of_before():
+    image, mask = images(1)
+    changed, _ = augment.random_colour(jax.random.key(3), image, mask, hue=0.0, saturation=0.0)
+    u = np.asarray(jax.random.uniform(jax.random.fold_in(jax.random.key(3), 0), (4,), minval=-1.0))
+    bright = np.asarray(as_float(image[0])) * (1 + 0.2 * u[0])
+    mean = (bright.mean((0, 1)) * augment.LUMA).sum()
+    expected = np.clip(mean + (1 + 0.2 * u[1]) * (bright - mean), 0, 1)
+    np.testing.assert_allclose(changed[0], expected, atol=1e-5)
+
+
+def test_light_is_smooth_and_shade_darkens_and_haze_brightens():
+    image = jnp.full((200, 32, 48, 3), 0.5)
+    shaded, _ = augment.random_light(jax.random.key(0), image, None, shade=0.5, haze=0.0)
+    hazy, _ = augment.random_light(jax.random.key(0), image, None, shade=0.0, haze=0.3)
+    loss, gain = 1 - np.asarray(shaded) / 0.5, (np.asarray(hazy) - 0.5) / 0.5
+    for amount, most in ((loss, 0.5), (gain, 0.3)):
+        assert amount.min() > -1e-6 and 0.6 * most < amount.max() <= most + 1e-6
+        np.testing.assert_allclose(amount, amount[..., :1].repeat(3, -1), atol=1e-6)  # no colour
+        assert 70 < (amount.max((1, 2, 3)) < 1e-6).sum() < 130  # about half
+        steps = [abs(np.diff(amount, axis=axis)).max() for axis in (1, 2)]
+        assert max(steps) < most / 5 and amount.std((1, 2, 3)).max() > most / 8
+    both = (loss.max((1, 2, 3)) > 0) & (gain.max((1, 2, 3)) > 0)
+    assert 25 < both.sum() < 75  # independent of each other
+
+
+def test_a_share_is_a_sigma_for_any_size():
+    image, mask = (jax.random.uniform(jax.random.key(i), (8, 20, 30, 3)) for i in range(2))
+    by_share, _ = augment.random_blur(jax.random.key(0), image, mask, sigma=0.5, share=0.05)
+    by_sigma, _ = augment.random_blur(jax.random.key(0), image, mask, sigma=1.5)
+    np.testing.assert_array_equal(by_share, by_sigma)
+
+
 def test_a_draw_of_zero_does_not_flip(monkeypatch):
     image, mask = images(1)
     monkeypatch.setattr(jax.random, "uniform", lambda key, shape, minval: jnp.zeros(shape))
@@ -338,7 +389,8 @@ def test_blur_equals_scipys_gaussian(sigma):
 def test_about_half_of_the_images_are_blurred_noisy_or_cut_and_no_mask_is():
     image, mask = (x.repeat(64, 0) for x in images(1, (16, 16)))
     original = np.asarray(as_float(image[0]))
-    for change in (augment.random_blur, augment.random_noise, augment.random_cutout):
+    changes = augment.random_blur, augment.random_noise, augment.random_cutout
+    for change in (*changes, partial(augment.random_light, haze=0.0)):
         changed, same = change(jax.random.key(0), image, mask)
         assert same is mask
         n_unchanged = (np.asarray(changed) == original).all((1, 2, 3)).sum()
