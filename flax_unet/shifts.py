@@ -33,13 +33,13 @@ Box = tuple[float, float, float, float]
 
 
 def hue(rng: Rng, image: Array, mask: Array, strength: float = 1.0) -> Pair:
-    """Rotate the colours by 15 degrees about the grey axis, and make the light warmer or colder.
+    """Rotate the colours by 25 degrees about the grey axis, and make the light warmer or colder.
 
-    Red is multiplied by 1.15 and blue divided by it, or the other way round; a coin decides, and
+    Red is multiplied by 1.25 and blue divided by it, or the other way round; a coin decides, and
     another one in which direction to rotate. For the rotation see `augment.recolour`. An image
     without colours stays as it is.
     """
-    angle, tint = np.deg2rad(15 * strength * _sign(rng)), 1.15 ** (strength * _sign(rng))
+    angle, tint = np.deg2rad(25 * strength * _sign(rng)), 1.25 ** (strength * _sign(rng))
     if (image == image[..., :1]).all():
         return image, mask
     cos, sin = np.cos(angle), np.sin(angle) / 3**0.5
@@ -49,17 +49,17 @@ def hue(rng: Rng, image: Array, mask: Array, strength: float = 1.0) -> Pair:
 
 
 def gamma(rng: Rng, image: Array, mask: Array, strength: float = 1.0) -> Pair:
-    """Raise the values, as fractions of 255, to the power 1.7 or 1 / 1.7; a coin decides."""
-    table = _as_uint8(255 * (np.arange(256) / 255) ** 1.7 ** (strength * _sign(rng)))
+    """Raise the values, as fractions of 255, to the power 2 or 1 / 2; a coin decides."""
+    table = _as_uint8(255 * (np.arange(256) / 255) ** 2.0 ** (strength * _sign(rng)))
     return table[image], mask
 
 
 def blur(rng: Rng, image: Array, mask: Array, strength: float = 1.0) -> Pair:
-    """Blur with a Gaussian whose standard deviation is 0.8 % of the shorter side.
+    """Blur with a Gaussian whose standard deviation is 1.2 % of the shorter side.
 
     It is Pillow's, which approximates it by three box blurs.
     """
-    gaussian = ImageFilter.GaussianBlur(0.008 * strength * min(image.shape[:2]))
+    gaussian = ImageFilter.GaussianBlur(0.012 * strength * min(image.shape[:2]))
     return np.asarray(_picture(image).filter(gaussian)).reshape(image.shape), mask
 
 
@@ -70,8 +70,8 @@ def vignette(rng: Rng, image: Array, mask: Array, strength: float = 1.0) -> Pair
 
 
 def jpeg(rng: Rng, image: Array, mask: Array, strength: float = 1.0) -> Pair:
-    """Code as JPEG of quality 10 / strength, by Pillow."""
-    _picture(image).save(stream := io.BytesIO(), "JPEG", quality=round(10 / strength))
+    """Code as JPEG of quality 5 / strength, by Pillow."""
+    _picture(image).save(stream := io.BytesIO(), "JPEG", quality=round(5 / strength))
     return np.asarray(Image.open(stream)).reshape(image.shape), mask
 
 
@@ -107,13 +107,13 @@ def zoom(rng: Rng, image: Array, mask: Array) -> Pair:
 
 
 def smoke(rng: Rng, image: Array, mask: Array) -> Pair:
-    """Cover with a light grey, 220, of an opacity up to 0.6: random at 4x4 knots, cubic between.
+    """Cover with a light grey, 220, of an opacity up to 0.75: random at 4x4 knots, cubic between.
 
     Below a value of 32 it is less, and black stays black: no light is scattered beside the view.
     """
     knots, (height, width) = Image.fromarray(rng.random((4, 4), np.float32)), image.shape[:2]
     density = np.asarray(knots.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
-    opacity = 0.6 * density[..., None] * (image.max(-1, keepdims=True) / 32).clip(0, 1)
+    opacity = 0.75 * density[..., None] * (image.max(-1, keepdims=True) / 32).clip(0, 1)
     return _as_uint8(image * (1 - opacity) + 220 * opacity), mask
 
 

@@ -113,11 +113,11 @@ def test_random_numbers_come_from_the_name_of_the_shift_and_the_bytes_of_the_pic
 
 
 @pytest.mark.parametrize("turn, sign", [(UP, 1), (DOWN, -1)])
-@pytest.mark.parametrize("warm, tint", [(UP, 1.15), (DOWN, 1 / 1.15)])
+@pytest.mark.parametrize("warm, tint", [(UP, 1.25), (DOWN, 1 / 1.25)])
 def test_hue_turns_as_augmentation_does_and_tints(turn, sign, warm, tint):
     image = np.random.default_rng(0).integers(60, 180, (8, 9, 3), np.uint8)
     shifted, _ = shifts.hue(Coins(turn, warm), image, None)
-    turned = np.asarray(augment.recolour(jnp.asarray(image, jnp.float32) / 255, hue=15 * sign))
+    turned = np.asarray(augment.recolour(jnp.asarray(image, jnp.float32) / 255, hue=25 * sign))
     expected = 255 * turned * (tint, 1, 1 / tint)
     np.testing.assert_allclose(shifted, np.clip(expected, 0, 255), atol=0.51)
 
@@ -129,7 +129,7 @@ def test_hue_leaves_an_image_without_colours_as_it_is():
         np.testing.assert_array_equal(shifted, image)
 
 
-@pytest.mark.parametrize("coin, power", [(UP, 1.7), (DOWN, 1 / 1.7)])
+@pytest.mark.parametrize("coin, power", [(UP, 2), (DOWN, 1 / 2)])
 @pytest.mark.parametrize("strength", [1, 0.5])
 def test_gamma_is_a_power_of_the_fraction_of_255(coin, power, strength):
     image = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
@@ -140,10 +140,10 @@ def test_gamma_is_a_power_of_the_fraction_of_255(coin, power, strength):
 
 @pytest.mark.parametrize("strength", [1, 0.5])
 def test_blur_is_close_to_a_gaussian_of_a_fraction_of_the_shorter_side(strength):
-    image = np.random.default_rng(0).integers(0, 256, (250, 300, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
     shifted, _ = shifts.blur(None, image, None, strength)
     errors = []
-    for sigma in (1.7 * strength, 2 * strength, 2.3 * strength):  # 0.8 % of 250 is 2
+    for sigma in (2 * strength, 2.4 * strength, 2.8 * strength):  # 1.2 % of 200 is 2.4
         gaussian = ndimage.gaussian_filter(image.astype(float), (sigma, sigma, 0), mode="nearest")
         errors.append(abs(shifted - gaussian).mean())
     assert errors[1] < 0.9 and errors[1] < 0.6 * min(errors[0], errors[2])
@@ -161,7 +161,7 @@ def test_vignette_only_darkens_with_the_distance_from_the_centre():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("strength, quality", [(1, 10), (0.5, 20)])
+@pytest.mark.parametrize("strength, quality", [(1, 5), (0.5, 10)])
 def test_jpeg_is_what_pillow_decodes(channels, strength, quality, polyp):
     image = polyp[0][..., :channels]
     shifted, _ = shifts.jpeg(None, image, None, strength)
@@ -176,10 +176,10 @@ def test_smoke_is_light_smooth_and_not_in_the_dark():
     for seed in range(5):
         shifted = shifts.smoke(np.random.default_rng(seed), image, None)[0].astype(int)
         assert (shifted[:, :10] == 0).all()
-        assert shifted[:, 10:].min() >= 100 and shifted.max() <= 100 + 0.6 * 120 + 1
+        assert shifted[:, 10:].min() >= 100 and shifted.max() <= 100 + 0.75 * 120 + 1
         assert abs(np.diff(shifted[:, 10:], axis=1)).max() <= 5 and np.ptp(shifted[:, 10:]) > 30
     bright = shifts.smoke(np.random.default_rng(0), np.full((9, 9, 1), 255, np.uint8), None)[0]
-    assert bright.min() >= 255 - 0.6 * 35 - 1
+    assert bright.min() >= 255 - 0.75 * 35 - 1
 
 
 def test_together_is_five_of_them_at_half_strength(polyp):
