@@ -70,8 +70,8 @@ def vignette(rng: Rng, image: Array, mask: Array, strength: float = 1.0) -> Pair
 
 
 def jpeg(rng: Rng, image: Array, mask: Array, strength: float = 1.0) -> Pair:
-    """Code as JPEG of quality 5 / strength, by Pillow."""
-    _picture(image).save(stream := io.BytesIO(), "JPEG", quality=round(5 / strength))
+    """Code as JPEG of quality 10 / strength, by Pillow."""
+    _picture(image).save(stream := io.BytesIO(), "JPEG", quality=round(10 / strength))
     return np.asarray(Image.open(stream)).reshape(image.shape), mask
 
 

@@ -161,7 +161,7 @@ def test_vignette_only_darkens_with_the_distance_from_the_centre():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("strength, quality", [(1, 5), (0.5, 10)])
+@pytest.mark.parametrize("strength, quality", [(1, 10), (0.5, 20)])
 def test_jpeg_is_what_pillow_decodes(channels, strength, quality, polyp):
     image = polyp[0][..., :channels]
     shifted, _ = shifts.jpeg(None, image, None, strength)
