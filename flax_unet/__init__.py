@@ -9,6 +9,7 @@ The network
 From pictures to batches
     pictures      picture files: decoding, resizing
     folders       which files belong together, and to which split
+    folds         the folds of a cross-validation
     images        channels and the range of values of pictures
     formats       what the values of mask files mean
     parallel      one function for many files, on all cores

@@ -57,7 +57,7 @@ def evaluate(
     """Metrics of a model over a data set, at the size of its arrays.
 
     Args:
-        model: the network, or `predict.Mirrored`.
+        model: the network, or `predict.Mirrored` or `predict.Ensemble`.
         variables: its parameters (and state).
         arrays: the data set.
         batch_size: images at a time; affects `iou_coef` only.
@@ -127,7 +127,7 @@ def score(
     """Decode and predict each picture once, and score it at the network's size and at its own.
 
     Args:
-        model: the network, or `predict.Mirrored`, or `predict.Tiled`.
+        model: the network, or `predict.Mirrored`, `predict.Ensemble` or `predict.Tiled`.
         variables: its parameters (and state).
         source: see `flax_unet.data`.
         size: height and width of the network's images; None for `predict.Tiled`, which predicts
@@ -481,7 +481,14 @@ def cost(model: Any, variables: Any, batches: Sequence[Scores]) -> dict[str, flo
         pass
     padded = len(batches[0].result["loss"])
     return {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "parameters": _parameters(variables),
         "gflop_per_image": flop and flop / shape[0] / 1e9,
         "images_per_second": padded / statistics.median(batch.seconds for batch in batches),
     }
+
+
+def _parameters(variables: Any) -> int:
+    """The number of trained parameters; of an ensemble those of all members."""
+    if isinstance(variables, list | tuple):
+        return sum(map(_parameters, variables))
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))

@@ -51,7 +51,7 @@ class FolderSource(Sequence):
         split_file: a JSON file, {split: [name, ...]} or {name: split}, or a CSV file with the
             columns name and split. Other pairs are left out.
         group: a regular expression. Pairs in whose name it finds the same text, or the same first
-            group, are in the same split.
+            group, are in the same split; a split file or folders that divide them are refused.
         split_by: `share`, as above; or `name`: each name's hash alone chooses the split, so that
             adding pictures never moves one to another split, and the shares are about 80, 10, 10 %.
         mask_files: whether a picture has one mask file, or one for each class or object.
@@ -310,25 +310,22 @@ def splits_of(
 
     Raises:
         DataError: the split file does not fit the names, a name has no group, only some names are
-            in folders of splits, groups would not be used, or there are fewer than three.
+            in folders of splits, these or the file divide a group, or there are fewer than three.
     """
     folders = {name: SPLIT_FOLDERS.get(name.split("/")[0].lower()) for name in names}
     divided = any("/" in name and folders[name] for name in names)
-    if group is not None and (split_file is not None or divided):
-        by = split_file or "the folders of the pictures"
-        raise DataError(f"--group {group}: {by} already give the splits: leave one of them out")
     if split_file is not None:
-        return _from_file(names, Path(split_file))
+        return _undivided(_from_file(names, Path(split_file)), group)
     if divided:
         if others := [name for name in names if folders[name] is None]:
             raise DataError(
                 f"{others[0]!r} is not in a folder of a split, and other pictures are: move it to "
                 "train, val or test"
             )
-        return {name: split for name, split in folders.items() if split is not None}
+        return _undivided({name: split for name, split in folders.items() if split}, group)
     groups = defaultdict(list)
     for name in names:
-        groups[_group_of(name, group)].append(name)
+        groups[group_of(name, group)].append(name)
     hashes = {key: hashlib.sha256(key.encode()).digest()[:8] for key in groups}
     if split_by == "name":
         chosen = {key: _by_fraction(hashes[key]) for key in groups}
@@ -337,7 +334,25 @@ def splits_of(
     return {name: chosen[key] for key, members in groups.items() for name in members}
 
 
-def _group_of(name: str, group: str | None) -> str:
+def _undivided(chosen: dict[str, str], group: str | None) -> dict[str, str]:
+    """Splits that were given, after a look at whether a group is in two of them."""
+    split_of: dict[str, str] = {}
+    for name, split in chosen.items():
+        key = group_of(name, group)
+        if split_of.setdefault(key, split) != split:
+            raise DataError(
+                f"--group {group}: {key!r} is in {split_of[key]} and in {split}, as the split file "
+                "or the folders say: move its pictures to one of them, or leave out --group"
+            )
+    return chosen
+
+
+def group_of(name: str, group: str | None) -> str:
+    """The text by which a picture is grouped, see `FolderSource`; without `group` its name.
+
+    Raises:
+        DataError: `group` is no regular expression, or finds nothing in the name.
+    """
     if group is None:
         return name
     try:

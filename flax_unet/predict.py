@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
+from math import lcm
 from typing import Any, get_args
 
 import jax
@@ -59,6 +60,91 @@ class Mirrored:
 
 
 @dataclass(frozen=True)
+class Ensemble:
+    """Averages the probabilities of several networks, such as the folds of a cross-validation.
+
+    Use it like one network, whose variables are a tuple: those of each member, in their order. The
+    members may differ in their architecture.
+
+    Probabilities are averaged, not logits, because networks differ in the scale of their logits:
+    the one that is most sure of itself would decide alone. `apply` returns logits nevertheless, the
+    ones that have the mean as their probabilities, so that all that takes a network takes an
+    ensemble: `Mirrored(Ensemble(...))`, `Tiled(Ensemble(...))`, and the other way round.
+    Lakshminarayanan et al.: "Simple and Scalable Predictive Uncertainty Estimation using Deep
+    Ensembles", NeurIPS 2017; nnU-Net averages its folds in the same way.
+
+    >>> from flax_unet import UNet
+    >>> a, b = UNet(features=(4, 8)), UNet(features=(8, 8, 16))
+    >>> image = jnp.zeros((1, 32, 32, 3))
+    >>> variables = a.init(jax.random.key(0), image), b.init(jax.random.key(1), image)
+    >>> predict_proba(Ensemble((a, b)), variables, image).shape
+    (1, 32, 32, 1)
+
+    Attributes:
+        models: the members; they predict the same classes.
+
+    Raises:
+        ValueError: there are none, or they predict different classes.
+    """
+
+    models: tuple[Any, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "models", tuple(self.models))  # a list would not be hashable
+        if not self.models:
+            raise ValueError("an ensemble needs models: it has none")
+        for name, values in {
+            "num_classes": [getattr(model, "num_classes", None) for model in self.models],
+            "overlapping": [classes.is_overlapping(model) for model in self.models],
+        }.items():
+            if len({*values}) > 1:
+                raise ValueError(f"the models of an ensemble must agree in {name}: {values}")
+
+    @property
+    def stride(self) -> int:
+        return lcm(*(model.stride for model in self.models))
+
+    @property
+    def num_classes(self) -> int:
+        return self.models[0].num_classes
+
+    @property
+    def overlapping(self) -> bool:
+        return classes.is_overlapping(self.models[0])
+
+    def apply(self, variables: Sequence[Any], image: jax.Array) -> jax.Array:
+        """Logits, float32, of the mean probability for an image [B, H, W, C].
+
+        Of one class and of overlapping classes they are log(p / (1 - p)), of exclusive ones log(p).
+
+        Args:
+            variables: those of each member.
+            image: in [0, 1].
+
+        Raises:
+            ValueError: there are more variables than members, or fewer.
+        """
+        if not isinstance(variables, list | tuple) or len(variables) != len(self.models):
+            number = len(variables) if isinstance(variables, list | tuple) else "no"
+            raise ValueError(
+                f"an ensemble of {len(self.models)} models takes a tuple of their variables, one "
+                f"for each: it has {number} such"
+            )
+        members = zip(self.models, variables, strict=True)
+        logits = jnp.stack(
+            [
+                jnp.asarray(model.apply(each, image, **accepted(model, train=False)), jnp.float32)
+                for model, each in members
+            ]
+        )
+        log_sum = jax.nn.logsumexp  # of logarithms, because a probability may round to 0 or 1
+        if self.overlapping or logits.shape[-1] == 1:
+            sure, not_sure = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+            return log_sum(sure, axis=0) - log_sum(not_sure, axis=0)
+        return log_sum(jax.nn.log_softmax(logits), axis=0) - np.log(np.float32(len(self.models)))
+
+
+@dataclass(frozen=True)
 class Tiled:
     """Predicts in overlapping windows and blends their logits: for images of any size.
 
@@ -74,7 +160,7 @@ class Tiled:
     2012, has an example). Batch norm has fixed statistics.
 
     Attributes:
-        model: the network, or `Mirrored`, which flips each window.
+        model: the network, or `Ensemble`, or `Mirrored`, which flips each window.
         window: height and width, multiples of the model's stride; one number for squares. Best the
             size of the images it was trained on.
         overlap: least fraction of a window that the next one shares along each axis, in [0, 1).
@@ -197,14 +283,20 @@ def is_on_host(model: Any) -> bool:
 
     JAX cannot compile such a model, which says so by an attribute `on_host`.
     """
-    return getattr(model, "on_host", False) or (
-        isinstance(model, Mirrored) and is_on_host(model.model)
-    )
+    return getattr(model, "on_host", False) or any(map(is_on_host, _members(model)))
 
 
 def is_tiled(model: Any) -> bool:
-    """Whether a model takes images of any size in windows: `Tiled`, or `Mirrored` around it."""
-    return isinstance(model, Tiled) or (isinstance(model, Mirrored) and is_tiled(model.model))
+    """Whether a model takes images of any size in windows: `Tiled`, or others made of it alone."""
+    members = _members(model)
+    return isinstance(model, Tiled) or (bool(members) and all(map(is_tiled, members)))
+
+
+def _members(model: Any) -> tuple[Any, ...]:
+    """The models that `Mirrored` or an `Ensemble` is made of; () of another model."""
+    if isinstance(model, Ensemble):
+        return model.models
+    return (model.model,) if isinstance(model, Mirrored) else ()
 
 
 @lru_cache(maxsize=8)
@@ -260,8 +352,8 @@ def predict_proba(model: Any, variables: Any, image: Any, mesh: Mesh | None = No
     (45, 70, 1)
 
     Args:
-        model: has a `stride`; the network, `Mirrored` or `Tiled`.
-        variables: its parameters (and state).
+        model: has a `stride`; the network, `Mirrored`, `Ensemble` or `Tiled`.
+        variables: its parameters (and state); of an `Ensemble` a tuple of them.
         image: [H, W, C] or [B, H, W, C]; uint8, or float in [0, 1].
         mesh: devices that share the images, see `devices.put`; not of `Tiled`, which has its own.
 
@@ -332,8 +424,11 @@ def predict_picture(
 
 def _format_for(model: Any, variables: Any) -> ImageFormat:
     """Of 8 bits, with as many channels as the model takes."""
-    while isinstance(model, Mirrored | Tiled):
-        model = model.model
+    while isinstance(model, Ensemble | Mirrored | Tiled):
+        if isinstance(model, Ensemble):  # its members take the same images
+            model, variables = model.models[0], variables[0]
+        else:
+            model = model.model
     if is_on_host(model):
         return ImageFormat(model.channels, convert=True)
     for channels in (3, 1, 4):

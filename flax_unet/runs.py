@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -51,6 +51,8 @@ TERMS = (
     "needs the permission of its authors (https://datasets.simula.no/kvasir-seg/), publications "
     "cite doi 10.1007/978-3-030-37734-2_37"
 )
+#: What the folder of a cross-validation has when all folds are trained; it names them.
+CROSS_VALIDATION = "cross-validation.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
 
 
@@ -67,6 +69,10 @@ class Settings:
     the pictures in --images and --masks."""
     protocol: str = "article"
     """Train, validation and test split of kvasir_seg: article, medico, effisegnet or sorted42."""
+    fold: tuple[int, int] | None = None
+    """I K: divide the training and validation pictures into K folds, keeping those of a --group
+    together, and validate on fold I (from 0) what is trained on the others. `flax-unet
+    cross-validate` does so for each fold."""
     init: Path | None = None
     """Workdir of a run with the same network, or an exported model, or the name of a shipped one
     (pretrained, strong), to start from its best parameters."""
@@ -173,6 +179,9 @@ def recipe_of(
     for name in ("image_size", "batch_size", "epochs", "learning_rate"):
         if not np.min(getattr(settings, name)) > 0:
             raise ValueError(f"{name} is {getattr(settings, name)}: it must be positive")
+    i, k = settings.fold or (0, 2)
+    if k < 2 or not 0 <= i < k:
+        raise ValueError(f"fold is {i} {k}: give I K, a fold from 0 to K - 1, of 2 folds or more")
     if not 0 <= settings.seed < 2**63:
         raise ValueError(f"seed is {settings.seed}: it must be in [0, 2^63)")
     return configure(recipes.RECIPES[settings.recipe], settings, mask_format, image_format)
@@ -235,19 +244,20 @@ def create_state(
     """The state of a new run.
 
     Raises:
-        ValueError, OSError: `init` holds no run, or a run of another network.
+        ValueError, OSError: `init` holds no run, or a run of another network, or several.
         ModuleNotFoundError: the encoder's weights are not installed.
     """
     state, encoder = _create(training, channels, key), recipe.model.encoder
     if settings.init is not None:
         trained = load_model(settings.init)
+        network = trained.network("--init")
         try:
             state = train.start_from(state, training.tx, trained.variables)
         except ValueError as error:
-            features = " ".join(map(str, trained.model.features))
+            features = " ".join(map(str, network.features))
             needed = f"--recipe {trained.settings.recipe} --features {features}"
-            if trained.model.encoder is not None:
-                needed += f" --encoder {trained.model.encoder.variant}"
+            if network.encoder is not None:
+                needed += f" --encoder {network.encoder.variant}"
             if trained.image_format.channels != channels:
                 needed += f" --channels {trained.image_format.channels}"
             raise ValueError(f"--init {settings.init} needs {needed}: {error}") from error
@@ -400,7 +410,7 @@ def from_json(content: dict[str, Any], workdir: Path) -> tuple[Settings, Places]
     settings, places = dict(content["settings"]), dict(content["places"])
     settings["features"] = tuple(settings["features"])
     settings["init"] = settings["init"] and Path(settings["init"])
-    for name in ("image_size", "crop", "class_weights"):
+    for name in ("image_size", "crop", "class_weights", "fold"):
         if isinstance(settings[name], list):
             settings[name] = tuple(settings[name])
     for name in ("kvasir_zip", "images", "masks", "split_file", "data_dir"):
@@ -467,6 +477,8 @@ def check_writable(folder: Path) -> None:
 def _check_unused(workdir: Path) -> None:
     if (workdir / "model.json").exists():
         raise ValueError(f"{workdir} holds an exported model: choose another --workdir")
+    if (workdir / CROSS_VALIDATION).exists():
+        raise ValueError(f"{workdir} holds a cross-validation: choose another --workdir")
     file, allowed = workdir / "metrics.jsonl", 0
     if (workdir / "config.json").exists():
         read_config(workdir)
@@ -614,10 +626,10 @@ def _terms_of_data(settings: Settings) -> str:
 class Trained(NamedTuple):
     """A trained model and its origin."""
 
-    settings: Settings
+    settings: Settings  # of an ensemble those of its first member, and so on
     places: Places
-    model: UNet
-    variables: dict[str, Any]
+    model: UNet | predict.Ensemble
+    variables: Any  # what `model.apply` takes: a dict, of an ensemble a tuple of them
     loss_fn: train.Loss
     step: int
     fingerprints: dict[str, str]  # of the splits
@@ -633,6 +645,19 @@ class Trained(NamedTuple):
         Those of the pictures of this run and of the one that it started from, see `terms_of`.
         """
         return self.config.get("terms") or _terms_of_data(self.settings)
+
+    def network(self, what: str) -> UNet:
+        """The network, for `what`, which takes no ensemble.
+
+        Raises:
+            ValueError: this is an ensemble.
+        """
+        if isinstance(self.model, predict.Ensemble):
+            raise ValueError(
+                f"{what} takes one network, and this is an ensemble of {len(self.model.models)}: "
+                f"use one of them, such as {self.places.workdir}"
+            )
+        return self.model
 
     def predictor(
         self,
@@ -652,13 +677,13 @@ class Trained(NamedTuple):
             tiled: more arguments of `predict.Tiled`.
 
         Raises:
-            ValueError: the window does not fit the model.
+            ValueError: the window does not fit the model, or onnx is asked for of an ensemble.
             ModuleNotFoundError: ONNX Runtime is not installed.
         """
         model: Any = self.model
         if backend == "onnx":
-            channels = self.image_format.channels
-            content = onnx_file.to_onnx(model, self.variables, channels=channels)
+            network, channels = self.network("the backend onnx"), self.image_format.channels
+            content = onnx_file.to_onnx(network, self.variables, channels=channels)
             model = onnx_file.OnnxModel(content.SerializeToString())
         model = predict.Mirrored(model, self.settings.upright) if flips else model
         window = self.settings.crop if window is None else window
@@ -674,7 +699,8 @@ def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> T
 
     Args:
         folder: the workdir of a run, the folder of an exported model, or the name of a model that
-            comes with the package: `pretrained` or `strong`, see `zoo`.
+            comes with the package: `pretrained` or `strong`, see `zoo`. Of the folder of a
+            finished cross-validation the model is the `ensemble` of its folds.
         which: checkpoint of a run, `best` by validation Dice or `latest`.
 
     Raises:
@@ -684,6 +710,8 @@ def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> T
             is also that of a folder here.
     """
     folder = zoo.folder(folder)
+    if (folder / CROSS_VALIDATION).is_file():
+        return ensemble([load_model(fold, which) for fold in folds_in(folder)])
     packed = pack.load(folder) if (folder / "model.json").is_file() else None
     if packed is not None and (folder / "config.json").exists():
         raise ValueError(f"{folder} holds a run and an exported model: move one of them away")
@@ -720,4 +748,51 @@ def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> T
         image_format,
         which,
         content,
+    )
+
+
+def folds_in(folder: Path) -> list[Path]:
+    """The workdirs of the folds of a finished cross-validation.
+
+    Raises:
+        ValueError: its cross-validation.json is damaged.
+    """
+    file = folder / CROSS_VALIDATION
+    try:
+        return [folder / fold["workdir"] for fold in json.loads(file.read_text())["folds"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: run the cross-validation again") from error
+
+
+def ensemble(members: Sequence[Trained]) -> Trained:
+    """Several models that were trained on the same kind of pictures as one, see `predict.Ensemble`.
+
+    All else is that of the first one, and `step` the largest.
+
+    Raises:
+        ValueError: there are none; or they take other images, or predict other classes.
+    """
+    models = predict.Ensemble(tuple(trained.model for trained in members))
+    first = members[0]
+    for trained in members[1:]:
+        for what in ("image_format", "mask_format"):
+            if getattr(trained, what) != getattr(first, what):
+                raise ValueError(
+                    f"{trained.places.workdir} and {first.places.workdir} have other "
+                    f"{what.replace('_format', 's')} ({getattr(trained, what)}, "
+                    f"{getattr(first, what)}): train all with the same --value-range and --classes"
+                )
+        ours, theirs = trained.settings, first.settings
+        for what in ("image_size", "crop", "upright"):
+            if getattr(ours, what) != getattr(theirs, what):
+                raise ValueError(
+                    f"{trained.places.workdir} and {first.places.workdir} have other {what}: "
+                    f"{getattr(ours, what)} and {getattr(theirs, what)}"
+                )
+    workdirs = [str(trained.places.workdir) for trained in members]
+    return first._replace(
+        model=models,
+        variables=tuple(trained.variables for trained in members),
+        step=max(trained.step for trained in members),
+        config=first.config | {"ensemble": workdirs},
     )

@@ -12,6 +12,7 @@ PROGRAMS = (
     "serve",
     "export",
     "import_keras",
+    "cross_validate",
     "ablate",
     "data_efficiency",
     "info",

@@ -26,6 +26,7 @@ from flax_unet.evaluate import RATIOS, Scores, cost, counts_of, report, score
 from flax_unet.folders import MaskFiles
 from flax_unet.formats import MaskFormat
 from flax_unet.pictures import DataError, resize_image, resize_mask
+from flax_unet.predict import Ensemble
 from flax_unet.report import report_html
 from flax_unet.shifts import SHIFTS, Shifted, summary
 from flax_unet_cli import program
@@ -43,8 +44,8 @@ class Options:
     """Flags of evaluate."""
 
     workdir: Annotated[ModelPath, tyro.conf.arg(aliases=["--model"])]
-    """Workdir of the run, folder of an exported model, or the name of a shipped one: pretrained or
-    strong."""
+    """Workdir of the run, folder of a cross-validation or of an exported model, or the name of a
+    shipped one: pretrained or strong."""
     out: Path | None = None
     """Folder for the report; by default the workdir."""
     split: Literal["train", "validation", "test"] = "test"
@@ -107,6 +108,12 @@ def open_split(
         raise DataError(
             "an exported model does not record where its pictures are: score its run's workdir, or "
             "all pictures of two folders with --images and --masks"
+        )
+    if isinstance(trained.model, Ensemble) and options.split != "test":
+        raise DataError(
+            f"each picture of {options.split} was trained on by some of the folds: their scores on "
+            "the others are in cross-validation.md; score all together with --split test or "
+            "--images"
         )
     moved = {k: v for k in ("kvasir_zip", "data_dir") if (v := getattr(options, k)) is not None}
     sources = open_sources(settings, replace(places, **moved), names)

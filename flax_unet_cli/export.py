@@ -67,6 +67,7 @@ def run(options: Options) -> None:
             raise FileExistsError(f"{file} exists: choose another file")
         runs.check_writable(file.parent)
     trained = runs.load_model(options.workdir, options.checkpoint)
+    trained.network("export")  # refused before anything is made
     if trained.terms:
         print(f"the model was {trained.terms}")
     # Made before anything is written, so that an error leaves nothing behind.
@@ -89,7 +90,7 @@ def write_folder(options: Options, folder: Path, trained: runs.Trained) -> None:
     about["settings"]["init"] = None
     about |= {"step": trained.step, "checkpoint": trained.checkpoint}
     size = trained.settings.image_size
-    packed = pack.Packed(trained.model, trained.variables, size, about)
+    packed = pack.Packed(trained.network("export"), trained.variables, size, about)
     pack.save(folder, packed)
     print_size(folder, folder / "weights.npz")
     if trained.terms:
@@ -113,7 +114,7 @@ def onnx_bytes(options: Options, trained: runs.Trained) -> bytes:
     about |= images.to_json(image_format)
     about |= {"terms": trained.terms} if trained.terms else {}
     made = onnx_file.to_onnx(
-        trained.model,
+        trained.network("--onnx"),
         trained.variables,
         channels=image_format.channels,
         probabilities=options.onnx_output == "probabilities",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flax_unet import data, images
+from flax_unet import data, folds, images
 from flax_unet.formats import BINARY, MaskFormat, find
 from flax_unet.images import ImageFormat
 from flax_unet.pictures import DataError
@@ -18,7 +18,7 @@ Sources = dict[str, Sequence[dict[str, Any]]]
 
 
 def open_sources(settings: Settings, places: Places, classes: Sequence[str] = ()) -> Sources:
-    """The splits of the data set, each a source for `flax_unet.data`.
+    """The splits of the data set, or of a fold of it, each a source for `flax_unet.data`.
 
     Args:
         settings, places: of the run.
@@ -27,12 +27,22 @@ def open_sources(settings: Settings, places: Places, classes: Sequence[str] = ()
     Raises:
         ValueError: the data is unusable, or a flag is missing or belongs to another data set.
     """
+    sources = _open(settings, places, classes)
+    if settings.fold is None:
+        return sources
+    return folds.split(sources, *settings.fold, places.group)
+
+
+def _open(settings: Settings, places: Places, classes: Sequence[str]) -> Sources:
+    """The splits of the data set itself."""
     folder = ("images", "masks", "image_suffix", "mask_suffix", "split_file", "group")
     only = dict.fromkeys(folder, "folder") | {"kvasir_zip": "kvasir_seg"}
     only |= dict.fromkeys(("image_key", "mask_key", "tfds_splits"), "tfds:NAME")
     if places.mask_files != "one" and settings.dataset != "folder":
         raise DataError("--mask-files needs --dataset folder")
     kind = "tfds:NAME" if settings.dataset.startswith(TFDS) else settings.dataset
+    if settings.fold is not None:
+        del only["group"]  # the folds of any data set may keep groups together
     for flag, dataset in only.items():
         if getattr(places, flag) and kind != dataset:
             raise DataError(f"--{flag.replace('_', '-')} needs --dataset {dataset}")

@@ -26,6 +26,7 @@ UNUSED = (
     "init",
     "stream",
     "crop",
+    "fold",
     "class_weights",
     "classes",
     "overlapping",

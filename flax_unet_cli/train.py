@@ -91,6 +91,23 @@ CURVES_EVERY = 10.0
 
 
 def run(options: Options) -> int:
+    """Train to the last epoch, and say what is next."""
+    if (code := complete(options)) or options.dry_run:
+        return code
+    workdir = options.places.workdir
+    print("next:")
+    out = workdir.parent / f"{workdir.name}-model"
+    words = {
+        "evaluate": (),
+        "predict": ("--out", "predictions/", "PICTURES"),
+        "export": ("--out", out),
+    }
+    for name, rest in words.items():
+        print(f"  {program.command(name, '--workdir', workdir, *rest)}")
+    return 0
+
+
+def complete(options: Options) -> int:
     """Train to the last epoch; return 0, or 128 plus the signal that stopped it.
 
     Raises:
@@ -125,15 +142,6 @@ def run(options: Options) -> int:
         name = signal.Signals(number).name
         print(f"{name}: the state is saved; run the same command again to resume")
         return 128 + number
-    print("next:")
-    out = workdir.parent / f"{workdir.name}-model"
-    words = {
-        "evaluate": (),
-        "predict": ("--out", "predictions/", "PICTURES"),
-        "export": ("--out", out),
-    }
-    for name, rest in words.items():
-        print(f"  {program.command(name, '--workdir', workdir, *rest)}")
     return 0
 
 

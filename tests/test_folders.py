@@ -150,12 +150,19 @@ def test_classes_of_separate_files_are_needed_and_only_for_them(tmp_path):
             FolderSource(tmp_path / "images", tmp_path / "masks", **options)
 
 
-def test_groups_that_would_not_be_used_are_refused(tmp_path):
-    (tmp_path / "splits.json").write_text('{"train": ["a", "b", "c"]}')
-    with pytest.raises(DataError, match="--group a: .*splits.json already give the splits"):
-        splits_of(["a", "b", "c"], split_file=tmp_path / "splits.json", group="a")
-    with pytest.raises(DataError, match="the folders of the pictures already give the splits"):
-        splits_of(["train/a", "val/b", "test/c"], group="a")
+def test_splits_that_are_given_must_not_divide_a_group(tmp_path):
+    file = tmp_path / "splits.json"
+    file.write_text('{"train": ["a1", "a2"], "test": ["b1"]}')
+    options = {"split_file": file, "group": "[a-z]"}
+    assert splits_of(["a1", "a2", "b1"], **options) == {"a1": "train", "a2": "train", "b1": "test"}
+    file.write_text('{"train": ["a1"], "validation": ["b1"], "test": ["a2"]}')
+    with pytest.raises(
+        DataError, match=r"--group \[a-z\]: 'a' is in train and in test, as the split"
+    ):
+        splits_of(["a1", "a2", "b1"], **options)
+    with pytest.raises(DataError, match="'c' is in train and in validation"):
+        splits_of(["train/c1", "val/c2", "test/b1"], group="/([a-z])")
+    assert splits_of(["train/c1", "val/a2", "test/b1"], group="/([a-z])")["test/b1"] == "test"
 
 
 def test_subfolders_are_part_of_the_name(tmp_path):
