@@ -278,3 +278,31 @@ def test_sums_equal_separate_sums_with_all_their_derivatives():
         lambda f: lambda x: jax.jvp(jax.grad(f), (x,), (x,)),
     ):
         assert_close(transform(ours)(x), transform(theirs)(x), 1e-4)
+
+
+def test_xla_knows_the_compiler_options_and_does_what_they_are_for():
+    """One that it no longer knows is left out without a word, or taken without an effect."""
+    options = cpu.compiler_options()
+    ynn = "xla_cpu_experimental_ynn_fusion_type" in options
+    assert ynn or jax.__version_info__ < (0, 10)
+
+    def compiled(function, *shapes, **options):
+        arguments = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        return jax.jit(function, **options).lower(*arguments).compile().as_text()
+
+    def barrier(x):
+        return jax.lax.optimization_barrier(2 * x) + 1
+
+    assert "opt-barrier" not in compiled(barrier, (8,))
+    assert "opt-barrier" in compiled(barrier, (8,), compiler_options=options)
+    convolve = partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=NHWC,
+    )
+    shapes = (8, 64, 64, 64), (3, 3, 64, 64)
+    assert ("ynn" in compiled(convolve, *shapes)) == ynn  # else there is nothing left to keep away
+    assert "ynn" not in compiled(convolve, *shapes, compiler_options=options)
+    products = compiled(jnp.matmul, (512, 512), (512, 512), compiler_options=options)
+    assert ("ynn" in products) == ynn
