@@ -74,10 +74,9 @@ class Ensemble:
     Ensembles", NeurIPS 2017; nnU-Net averages its folds in the same way.
 
     >>> from flax_unet import UNet
-    >>> a, b = UNet(features=(4, 8)), UNet(features=(8, 8, 16))
-    >>> image = jnp.zeros((1, 32, 32, 3))
-    >>> variables = a.init(jax.random.key(0), image), b.init(jax.random.key(1), image)
-    >>> predict_proba(Ensemble((a, b)), variables, image).shape
+    >>> model, image = UNet(features=(8, 16)), jnp.zeros((1, 32, 32, 3))
+    >>> variables = tuple(model.init(jax.random.key(seed), image) for seed in (0, 1))
+    >>> predict_proba(Ensemble((model, model)), variables, image).shape
     (1, 32, 32, 1)
 
     Attributes:

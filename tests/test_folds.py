@@ -49,6 +49,12 @@ def test_groups_are_never_divided():
         assert max(filled.values()) - min(filled.values()) <= sizes.max()
 
 
+def test_folds_have_as_many_pictures_although_groups_have_not():
+    names = [f"big-{i}" for i in range(6)] + [*"abcdef"]
+    fold = folds.folds_of(names, 2, group="[a-z]+")
+    assert fold[:6] == [fold[0]] * 6 and fold[6:] == [1 - fold[0]] * 6
+
+
 def test_pictures_of_one_name_are_together():
     assert len({*folds.folds_of(["a", "a", "a", "b"], 2)[:3]}) == 1
 
