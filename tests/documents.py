@@ -28,7 +28,7 @@ COMMANDS = {
 case "$*" in *train.py*) {_SHORTEN} ;; esac
 exec "{sys.executable}" "$@\"""",
     "flax-unet": f"""
-case "$1" in train | cross-validate) {_SHORTEN} ;; esac
+case "$1" in train) {_SHORTEN} ;; esac
 exec "{sys.executable}" -m flax_unet_cli "$@\"""",
     "make": f'exec "{shutil.which("make")}" --dry-run --directory "{ROOT}" "$@"',
     "pip": 'echo "$@" >> pip.log',
@@ -95,8 +95,7 @@ def run(command: list[str], user: User) -> str:
 
 def needs_kvasir(code: str) -> bool:
     """Whether a block needs the archive of Kvasir-SEG."""
-    programs = "train.py", "flax-unet train", "flax-unet cross-validate"
-    trains = any(program in code for program in programs)
+    trains = "train.py" in code or "flax-unet train" in code
     return "kvasir_seg" in code or (trains and "--dataset" not in code)
 
 
