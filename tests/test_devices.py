@@ -139,7 +139,16 @@ def alone(folders, tmp_path_factory):
 def check_same_run(workdir, other):
     for ours, expected in zip(history(workdir), history(other), strict=True):
         for name in ("loss", "val_loss", "dice_per_image", "val_dice_per_image"):
-            assert ours[name] == pytest.approx(expected[name], rel=1e-5), name
+            assert ours[name] == near(expected[name], name), name
+
+
+def near(value, name):
+    """Devices add in any order; rounding may then move a pixel or two across Dice's threshold.
+
+    One pixel of a validation picture is 0.005. Counts are compared exactly where each step starts
+    from equal parameters, in other tests.
+    """
+    return pytest.approx(value, abs=0.01) if "dice" in name else pytest.approx(value, rel=1e-5)
 
 
 def test_a_run_on_several_devices_is_that_on_one(folders, alone, tmp_path, capsys):

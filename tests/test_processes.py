@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import together
 from faults import several
-from test_devices import flags, folders, history  # noqa: F401
+from test_devices import flags, folders, history, near  # noqa: F401
 
 from flax_unet import checkpoint, devices, processes
 from flax_unet_cli import train as train_program
@@ -186,7 +186,7 @@ def test_a_signal_to_one_process_stops_all_and_another_topology_goes_on(
     assert [line["epoch"] for line in lines] == list(range(1, done + 3))
     for ours, right in zip(lines, expected, strict=False):
         for name in ("loss", "val_loss", "dice_per_image", "val_dice_per_image"):
-            assert ours[name] == pytest.approx(right[name], rel=1e-5), name
+            assert ours[name] == near(right[name], name), name
 
 
 def test_an_unreadable_picture_ends_both_processes_with_its_name(folders, tmp_path):  # noqa: F811
