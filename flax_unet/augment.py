@@ -234,7 +234,7 @@ def random_colour(
 ) -> tuple[jax.Array, jax.Array]:
     """Change the colours of each image, uniformly at random.
 
-    An image without colours, which has other than 3 channels, keeps saturation, hue and tint.
+    Saturation, hue and tint do not apply to an image of other than 3 channels.
 
     Args:
         key: a PRNG key.
@@ -250,7 +250,7 @@ def random_colour(
     """
 
     def per_image(key: jax.Array, image: jax.Array) -> jax.Array:
-        # Draws of their own: without them a run is that of a version that did not have them.
+        # From a key of their own, so that `u` is what it was before there were tint and gamma.
         v = jax.random.uniform(jax.random.fold_in(key, 1), (4,), minval=-1.0)
         if gamma != 1:
             image = image ** (gamma ** v[3])
@@ -350,7 +350,7 @@ def random_blur(
         image: [B, H, W, C], uint8 or float in [0, 1].
         mask: returned unchanged.
         sigma: maximum in pixels, uniform from 0; see `blur`.
-        share: the same as a fraction of the height, which is added to `sigma`.
+        share: maximum as a fraction of the height; it is added to `sigma`.
 
     Returns:
         The image, float32 in [0, 1], and the mask.

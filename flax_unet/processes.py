@@ -235,8 +235,8 @@ def _silent() -> list[int]:
         client.key_value_set(f"here/{index()}", "", allow_overwrite=True)
         time.sleep(PATIENCE)
         here = {int(key.split("/")[-1]) for key, _ in client.key_value_dir_get("here")}
-    except jax.errors.JaxRuntimeError:
-        return [0]
+    except jax.errors.JaxRuntimeError:  # process 0, which has the store, does not answer
+        return [] if index() == 0 else [0]
     except (ImportError, AttributeError, TypeError):
         time.sleep(HEARTBEAT + PATIENCE)  # JAX ends this process meanwhile
         return []
@@ -288,7 +288,7 @@ def _portable(error: Exception) -> Exception:
 
 def _exchange_error(outcome: Any, error: Exception) -> list[Any]:
     """Tell the others of an error; they may be where they do not listen."""
-    if is_of_others(error):
+    if is_of_others(error):  # one of them is lost, and an exchange would wait for it
         raise error
     with within(PATIENCE, error=error):
         outcomes = _exchange(outcome)

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.core import Tracer
 from jax.extend.core import Literal
 from jax.sharding import Mesh
 from optax.contrib import ScheduleFreeState
@@ -521,7 +522,8 @@ def _on_one(step: Any, device: Any) -> Callable[..., Any]:
     """A compiled step on one device, without the time that a mesh takes in each step."""
 
     def on_one(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Any]:
-        if state.step.devices() != {device}:  # as all of it: after the first step it is there
+        # The rest of the state is where its step is: there, once a step has been made.
+        if not isinstance(state.step, Tracer) and getattr(state.step, "device", None) != device:
             state = jax.device_put(state, device)
         return step(state, batch, key)
 

@@ -100,6 +100,23 @@ def test_steps_on_several_devices_are_those_of_one(n, resident):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_on_one_device_takes_a_state_in_memory_and_may_be_scanned():
+    model, tx, key, batch = Plain(), optax.adam(1e-2), jax.random.key(1), make_batch(5)
+    device = jax.devices()[-1]
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Auto,), devices=[device])
+    step = train.make_train_step(model, tx, losses.bce, mesh=mesh)
+
+    def new():
+        return train.create_train_state(model, tx, jax.random.key(0), (1, 8, 8, 3))
+
+    state, first = step(jax.device_get(new()), batch, key)
+    assert state.step.devices() == {device}
+    _, second = step(state, batch, key)
+    _, both = jax.lax.scan(lambda state, _: step(state, batch, key), new(), None, length=2)
+    expected = [float(first["loss"]), float(second["loss"])]
+    assert both["loss"].tolist() == pytest.approx(expected, rel=1e-5)
+
+
 def test_scores_on_several_devices_are_those_of_one():
     batch = make_batch(11)
     arrays = data.Arrays(batch["image"], batch["mask"], [str(i) for i in range(11)], "")

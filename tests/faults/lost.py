@@ -11,6 +11,8 @@ from .kills import draw, ended, flags
 from .outcome import Outcome
 
 EPOCHS = 30
+#: What process 0 prints once both know each other.
+JOINED = "split over 2 devices of 2 processes"
 #: Seconds in which the other process must have ended.
 LIMIT = 60
 
@@ -38,9 +40,6 @@ def run(n: int, seed: int) -> Outcome:
                     assert again.wait() == [0, 0], again.outputs
                 assert ended(root / str(i)) == expected, "another end"
     return outcome
-
-
-JOINED = "split over 2 devices of 2 processes"
 
 
 def start(root: Path, workdir: Path) -> several.Several:
