@@ -12,7 +12,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PACKAGES = (
-    "jax jaxlib flax optax keras tensorflow tensorflow-cpu torch torchvision onnxruntime openvino"
+    "jax jaxlib flax optax keras tensorflow tensorflow-cpu torch torchvision "
+    "segmentation-models-pytorch timm albumentations onnxruntime openvino"
 ).split()
 
 #: {task: {name of the worker: one value per round}}
