@@ -5,6 +5,7 @@ and one after each epoch.
 """
 
 import json
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +57,21 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
+def all_cpu_seconds() -> float:
+    """CPU time of all programs on this machine, and what its host has taken from it (Linux)."""
+    with open("/proc/stat") as file:
+        user, nice, system, _, _, interrupts, soft, stolen, *_ = map(
+            int, file.readline().split()[1:]
+        )
+    return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def clocks() -> np.ndarray:
+    """Wall-clock time, CPU time of this process, and of all others."""
+    own = cpu_seconds()
+    return np.array([time.perf_counter(), own, all_cpu_seconds() - own])
+
+
 def train(
     epochs: Iterator[float],
     predict: Callable[[np.ndarray], np.ndarray],
@@ -71,19 +87,20 @@ def train(
         minutes: wall-clock time of the training, without that of the validation.
     """
     say(began=time.time(), cpu_seconds=cpu_seconds())
-    scores, wall, cpu = [], 0.0, 0.0
-    while wall < 60 * minutes:
-        start = time.perf_counter(), cpu_seconds()
+    scores, spent = [], np.zeros(3)
+    while spent[0] < 60 * minutes:
+        start = clocks()
         loss = next(epochs, None)
         if loss is None:
             break
-        trained = time.perf_counter(), cpu_seconds()
+        trained = clocks()
+        spent += trained - start
         scores.append(dice(predict(validation.image), validation.mask))
-        wall, cpu = wall + trained[0] - start[0], cpu + trained[1] - start[1]
         say(
             epoch=len(scores),
-            train_seconds=wall,
-            train_cpu_seconds=cpu,
+            train_seconds=spent[0],
+            train_cpu_seconds=spent[1],
+            others_cpu_seconds=spent[2],
             validation_seconds=time.perf_counter() - trained[0],
             loss=loss,
             dice=scores[-1],

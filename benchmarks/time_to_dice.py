@@ -103,7 +103,8 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "fastest epoch": min(seconds),
         "epochs": len(epochs),
         "validation": sum(epoch["validation_seconds"] for epoch in epochs),
-        "best Dice": max(scores, default=0),
+        "others, CPU": epochs[-1]["others_cpu_seconds"],
+        "best Dice": max(epoch["dice"] for epoch in epochs),
         "end": f"{len(epochs)} epochs" if in_time else f"{first['minutes']:g} min",
         "smoothed": {level: reached(level, smooth(scores)) for level in LEVELS},
         "raw": {level: reached(level, scores) for level in LEVELS},
@@ -126,7 +127,7 @@ def table(summaries: dict[str, dict[str, Any]], key: str) -> str:
 def other(summaries: dict[str, dict[str, Any]]) -> str:
     """A Markdown table of the other figures."""
     keys = ["start-up", "start-up, CPU", "first epoch", "median epoch", "fastest epoch"]
-    keys += ["validation", "epochs"]
+    keys += ["others, CPU", "validation", "epochs"]
     rows = [["", *keys, "best Dice"], ["---"] * (2 + len(keys))]
     for name, each in summaries.items():
         rows.append([name, *(f"{each[key]:.0f}" for key in keys), f"{each['best Dice']:.3f}"])
