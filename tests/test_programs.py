@@ -240,10 +240,30 @@ def test_signals_save_in_the_middle_of_an_epoch(folders, undisturbed, tmp_path):
 
 
 def test_a_signal_ends_a_run_before_the_end_of_the_epoch(folders, tmp_path, before_each_step):
-    # There are 7 steps per epoch.
+    # There are 6 steps per epoch.
     before_each_step(lambda step: step == 8 and signal.raise_signal(signal.SIGTERM))
     assert train.main(arguments(folders, tmp_path)) == 128 + signal.SIGTERM
     assert parameters(tmp_path)[0] == 9 and len(lines(tmp_path)) == 1
+
+
+def test_checkpoints_may_be_fewer_than_epochs(folders, tmp_path, before_each_step):
+    straight, workdir = tmp_path / "straight", tmp_path / "few"
+    assert train.main(arguments(folders, straight, epochs=5)) == 0
+
+    def saved():
+        return {int(x.name) for x in (workdir / "checkpoints").iterdir() if x.name.isdigit()}
+
+    few = [*arguments(folders, workdir, epochs=5), "--save-every", "2"]
+    # There are 6 steps per epoch: a signal in the third one, and then one at its end.
+    for at, steps in ((13, {12, 14}), (17, {12, 14, 18})):
+        before_each_step(lambda step, at=at: step == at and signal.raise_signal(signal.SIGTERM))
+        assert train.main(few) == 128 + signal.SIGTERM
+        assert max(saved()) == max(steps) and saved() <= steps
+    before_each_step(lambda step: None)
+    assert train.main(few) == 0
+    assert saved() <= {12, 18, 24, 30} and max(saved()) == 30
+    assert parameters(workdir) == parameters(straight)
+    assert lines(workdir) == lines(straight)
 
 
 def test_a_run_is_extended_with_more_epochs(folders, short, capsys):
@@ -521,6 +541,7 @@ def test_a_run_starts_from_the_parameters_of_another(undisturbed, folders, tmp_p
         ({"image_size": 33}, "image_size 33 is not a multiple of 2"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"save_every": 0}, "--save-every is 0: it must be positive"),
         ({"images": "/nowhere"}, "/nowhere is not a folder"),
         ({"recipe": "weak"}, "no recipe 'weak': choose one of unet, article, strong, pretrained"),
         ({"encoder": "lite0"}, "encoder is lite0, but this recipe has none"),
