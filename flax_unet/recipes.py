@@ -111,8 +111,16 @@ _STRONG_AUGMENT = {
         "shift": 0.125,
         "elastic": 0.02,
     },
-    "random_colour": {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 10.0},
-    "random_blur": {"sigma": 1.0},
+    "random_colour": {
+        "brightness": 0.3,
+        "contrast": 0.3,
+        "saturation": 0.3,
+        "hue": 15.0,
+        "tint": 0.15,
+        "gamma": 1.5,
+    },
+    "random_light": {"shade": 0.5, "haze": 0.4},
+    "random_blur": {"sigma": 0.0, "share": 0.008},
     "random_noise": {"deviation": 0.03},
 }
 _STRONG = UNet(

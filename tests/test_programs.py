@@ -915,6 +915,23 @@ def test_an_exported_model_records_which_checkpoint_it_is(undisturbed, tmp_path)
         assert runs.load_model(tmp_path / which).checkpoint == which
 
 
+def test_an_exported_model_may_resize_pictures_to_another_size(undisturbed, tmp_path, capsys):
+    def export_as(name, size, source=undisturbed[0]):
+        command = ["--model", str(source), "--out", str(tmp_path / name), "--image-size"]
+        return export.main([*command, *map(str, size)])
+
+    trained = runs.load_model(undisturbed[0])
+    assert export_as("a", [16, 64]) == 0
+    changed = runs.load_model(tmp_path / "a")
+    assert changed.settings == replace(trained.settings, image_size=(16, 64), init=None)
+    assert changed.predictor()[1] == (16, 64) and changed.config["trained_at"] == 32
+    assert export_as("b", [64], source=tmp_path / "a") == 0
+    assert runs.load_model(tmp_path / "b").config["trained_at"] == 32
+    for wrong in ([33], [0]):
+        assert export_as("c", wrong) == 1 and not (tmp_path / "c").exists()
+        assert f"--image-size {wrong[0]} is not a multiple of 2" in capsys.readouterr().err
+
+
 # Studies
 
 
