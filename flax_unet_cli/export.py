@@ -20,6 +20,7 @@ import tyro
 from flax_unet import images, onnx_file, pack, runs, safetensors_file, stablehlo_file
 from flax_unet.formats import BINARY
 from flax_unet_cli import program
+from flax_unet_cli.calibrate import calibrate
 from flax_unet_cli.model_path import ModelPath
 
 
@@ -37,6 +38,10 @@ class Options:
     'flax-unet[safetensors]'."""
     checkpoint: Literal["best", "latest"] = "best"
     """best by validation Dice."""
+    calibrate: bool = False
+    """Divide the logits by the temperature that fits the run's validation pictures best, so that
+    probabilities say how often they are right; masks stay as they are. The temperature and the
+    calibration error are printed and recorded."""
     onnx: Path | None = None
     """ONNX file to create: one graph for any batch, height and width; pip install
     'flax-unet[onnx]'. Its metadata say what the classes and the values of images are."""
@@ -70,6 +75,8 @@ def run(options: Options) -> None:
     trained.network("export")  # refused before anything is made
     if trained.terms:
         print(f"the model was {trained.terms}")
+    if options.calibrate:
+        trained = calibrate(trained)
     # Made before anything is written, so that an error leaves nothing behind.
     makers = {options.onnx: onnx_bytes, options.stablehlo: stablehlo_bytes}
     contents = {file: makers[file](options, trained) for file in files}
