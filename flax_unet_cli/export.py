@@ -20,6 +20,7 @@ import tyro
 from flax_unet import images, onnx_file, pack, runs, safetensors_file, stablehlo_file
 from flax_unet.formats import BINARY
 from flax_unet_cli import program
+from flax_unet_cli.calibrate import calibrate
 from flax_unet_cli.model_path import ModelPath
 
 
@@ -40,6 +41,10 @@ class Options:
     image_size: int | tuple[int, int] | None = None
     """Height and width to which the exported model resizes pictures; by default as in training. A
     smaller size is quicker; whether it is as exact, evaluate says on validation."""
+    calibrate: bool = False
+    """Divide the logits by the temperature that fits the run's validation pictures best, so that
+    probabilities say how often they are right; masks stay as they are. The temperature and the
+    calibration error are printed and recorded."""
     onnx: Path | None = None
     """ONNX file to create: one graph for any batch, height and width; pip install
     'flax-unet[onnx]'. Its metadata say what the classes and the values of images are."""
@@ -75,6 +80,8 @@ def run(options: Options) -> None:
         print(f"the model was {trained.terms}")
     if options.image_size is not None:
         trained = at_size(trained, options.image_size)
+    if options.calibrate:
+        trained = calibrate(trained)
     # Made before anything is written, so that an error leaves nothing behind.
     makers = {options.onnx: onnx_bytes, options.stablehlo: stablehlo_bytes}
     contents = {file: makers[file](options, trained) for file in files}
