@@ -42,6 +42,8 @@ Trained models
     video         videos, a frame at a time (ffmpeg)
     evaluate      scores over a data set, and the report
     shifts        pictures as other endoscopes could have taken them
+    negatives     parts of pictures without an object
+    calibration   a temperature, with which probabilities say how often they are right
     report        the report as a page of HTML
     svg           its plots
     draw          pictures of predictions, learning curves

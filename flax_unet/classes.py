@@ -115,7 +115,7 @@ def check_mask(mask: Any, channels: int | None = None) -> None:
     high = mask.max()
     if high == IGNORE:
         high = largest_counted(mask)
-    low, limit = mask.min(), IGNORE if channels is None else max(2, channels)
+    low, limit = min(mask.min(), high), IGNORE if channels is None else max(2, channels)
     if not 0 <= low <= high < limit:
         raise ValueError(
             f"the mask has values from {low} to {high}: use 0 to {limit - 1}, and {IGNORE} for "

@@ -8,6 +8,7 @@ files (see `formats.MaskFormat`) is a sequence of pairs of a class index and byt
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import socket
@@ -104,6 +105,27 @@ def decode_pair(
         return image, formats.read_separate(opened, mask_format)
     ((_, mask, file),) = opened
     return image, formats.read(mask, mask_format, file)[..., None]
+
+
+def encode_pair(
+    name: str, image: np.ndarray, mask: np.ndarray, *, separate: bool
+) -> dict[str, Any]:
+    """An entry of a source, of an image and a mask as `decode_pair` returns them, as `.npy`.
+
+    Args:
+        name: of the entry.
+        image: uint8 or float32 [H, W, C].
+        mask: uint8 [H, W, 1], or [H, W, K] of overlapping classes. Of its values
+            `formats.of_indices` is the format.
+        separate: whether the mask has a file for each class, as overlapping ones do.
+    """
+    masks = [(k + 1, _encode(mask[..., k])) for k in range(mask.shape[-1])]
+    return {"name": name, "image": _encode(image), "mask": masks if separate else masks[0][1]}
+
+
+def _encode(array: np.ndarray) -> bytes:
+    np.save(stream := io.BytesIO(), array)
+    return stream.getvalue()
 
 
 def _check_pair(

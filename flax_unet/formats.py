@@ -103,6 +103,14 @@ def from_json(content: dict[str, Any]) -> MaskFormat:
     return MaskFormat(**(content | {"names": tuple(content["names"]), "values": values}))
 
 
+def of_indices(mask_format: MaskFormat) -> MaskFormat:
+    """The format of masks that hold indices of the same classes, see `data.encode_pair`."""
+    several = mask_format.overlapping
+    indices = (0, 1) if several else range(len(mask_format.names))
+    values = tuple((i, i) for i in (*indices, IGNORE))
+    return replace(mask_format, values=values, rest=None, threshold=None, separate=several)
+
+
 def read(picture: Image.Image, mask_format: MaskFormat, name: str = "mask") -> np.ndarray:
     """A mask as class indices and `IGNORE`, uint8 [H, W].
 

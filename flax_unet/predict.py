@@ -241,7 +241,7 @@ class Tiled:
         windows = list(product(range(len(image)), range(len(rows)), range(len(columns))))
         n = self.windows
         parts = [windows[i : i + n] for i in range(0, len(windows), n)]
-        logits_of, result = _logits(self.model), None
+        logits_of, result = logits_function(self.model), None
         if self.mesh is not None:
             variables = devices.spread(variables, self.mesh)
 
@@ -299,8 +299,16 @@ def _members(model: Any) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=8)
-def _logits(model: Any) -> Any:
-    """A function of variables and an image, uint8 or float, to logits."""
+def logits_function(model: Any) -> Any:
+    """The compiled function of variables and an image to logits.
+
+    Args:
+        model: has a `stride`; the network, `Mirrored`, `Ensemble` or `Tiled`.
+
+    Returns:
+        It takes an image [B, H, W, C], uint8 or float in [0, 1], of multiples of the stride, and
+        returns float32 [B, H, W, K]; of `Tiled` a NumPy array.
+    """
     if is_on_host(model):
         return model.apply
 
@@ -317,7 +325,7 @@ def _apply(model: Any) -> Any:
     if not is_on_host(model):
         return cpu.jit(
             lambda variables, image: classes.probabilities(
-                _logits(model)(variables, image), overlapping=overlapping
+                logits_function(model)(variables, image), overlapping=overlapping
             )
         )
     probabilities = cpu.jit(partial(classes.probabilities, overlapping=overlapping))

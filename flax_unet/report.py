@@ -99,6 +99,7 @@ def report_html(
         "Classes": _classes(own_size),
         "Sizes": _sizes(own_size),
         "Shifted": _shifted(evaluation or {}),
+        "Negatives": _negatives(evaluation or {}),
         "Pictures": _pictures(pictures, (evaluation or config).get("masks") or {}),
         "Reliability": reliability_diagram(reliability, own_size.get("calibration_error")),
         "Confusion": confusion_matrix(own_size.get("confusion_matrix"), evaluation),
@@ -259,6 +260,21 @@ def _shifted(evaluation: Mapping[str, Any]) -> str:
         "in the results, with intervals of 95 %; their mean over the shifts, and the drop to it."
     )
     return f"{_table(['Shift', 'Dice', 'IoU'], rows)}<p class=soft>{note}</p>"
+
+
+def _negatives(evaluation: Mapping[str, Any]) -> str:
+    if "negatives" not in evaluation:
+        return ""
+    scores = evaluation["negatives"]
+    values = {f"claim above {100 * float(k):g} %": v for k, v in scores["claims"].items()}
+    values["mean area"] = scores["claimed_area"]
+    rows = [[name, number(x["mean"]) + _interval(x["interval"])] for name, x in values.items()]
+    note = (
+        f"How often an object is claimed in {scores['crops']} parts of pictures without one "
+        f"({scores['pictures_without']} pictures have no such part): the fraction of the parts, "
+        "by the area that is claimed in them, and the mean area, with intervals of 95 %."
+    )
+    return f"{_table(['', 'Fraction'], rows)}<p class=soft>{note}</p>"
 
 
 def _means(per_image: Mapping[str, Any], keys: Iterable[str]) -> list[str]:

@@ -12,13 +12,12 @@ on them would have to be measured otherwise.
 import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from flax_unet import data, metrics
+from flax_unet import data, formats, metrics
 from flax_unet.classes import IGNORE
 from flax_unet.formats import MaskFormat
 from flax_unet.images import ImageFormat
@@ -164,11 +163,7 @@ class Shifted(Sequence[dict[str, Any]]):
         if name not in SHIFTS:
             raise DataError(f"there is no shift {name!r}: choose one of {', '.join(SHIFTS)}")
         self._source, self._name, self._formats = source, name, (mask_format, image_format)
-        several = mask_format.overlapping
-        indices = (0, 1) if several else range(len(mask_format.names))
-        values = tuple((i, i) for i in (*indices, IGNORE))
-        meaning = {"values": values, "rest": None, "threshold": None, "separate": several}
-        self.mask_format = replace(mask_format, **meaning)
+        self.mask_format = formats.of_indices(mask_format)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -179,10 +174,8 @@ class Shifted(Sequence[dict[str, Any]]):
         rng = np.random.default_rng(int.from_bytes(digest))
         pair = data.decode_pair(example, *self._formats)
         image, mask = SHIFTS[self._name](rng, *pair)
-        masks = [(k + 1, _encode(mask[..., k])) for k in range(mask.shape[-1])]
-        if not self.mask_format.separate:
-            masks = masks[0][1]
-        return {"name": example["name"], "image": _encode(image), "mask": masks}
+        separate = self.mask_format.separate
+        return data.encode_pair(example["name"], image, mask, separate=separate)
 
 
 def summary(plain: Confusion, shifted: Mapping[str, Confusion]) -> dict[str, dict[str, Any]]:
@@ -220,11 +213,6 @@ def _as_uint8(image: Array) -> Array:
 
 def _picture(image: Array) -> Image.Image:
     return Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
-
-
-def _encode(array: Array) -> bytes:
-    np.save(stream := io.BytesIO(), array)
-    return stream.getvalue()
 
 
 def _kept(mask: Array, box: Box) -> float:

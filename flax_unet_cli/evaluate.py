@@ -20,15 +20,15 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from flax_unet import data, devices, draw, formats, images, metrics, runs, zoo
+from flax_unet import data, devices, draw, formats, images, metrics, negatives, runs, shifts, zoo
 from flax_unet.draw import Panels
 from flax_unet.evaluate import RATIOS, Scores, cost, counts_of, report, score
 from flax_unet.folders import MaskFiles
 from flax_unet.formats import MaskFormat
+from flax_unet.images import ImageFormat
 from flax_unet.pictures import DataError, resize_image, resize_mask
 from flax_unet.predict import Ensemble
 from flax_unet.report import report_html
-from flax_unet.shifts import SHIFTS, Shifted, summary
 from flax_unet_cli import program
 from flax_unet_cli.model_path import ModelPath
 from flax_unet_cli.sources import MaskFlags, RangeFlags, declared, open_sources, protocol, split_of
@@ -79,6 +79,8 @@ class Options:
     shifted: bool = False
     """Also score the pictures as other endoscopes could have taken them: nine shifts of colour,
     sharpness, view and so on, for grey or colours of 8 bits. Ten times the work."""
+    negatives: bool = False
+    """Also count how often the model claims an object in parts of the pictures without one."""
     quiet: bool = False
     """Print warnings and errors only."""
     devices: int | None = None
@@ -188,6 +190,8 @@ def show(content: dict[str, Any]) -> None:
     for name, scores in (shifted or {}).items():
         interval = _interval(*scores["dice_per_image_interval"])
         print(f"    {name:<18}{scores['dice_per_image']:.4f}{interval}")
+    if "negatives" in content:
+        show_negatives(content["negatives"])
 
 
 def _interval(low: float, high: float) -> str:
@@ -203,6 +207,17 @@ def show_foreground(own_size: dict[str, Any]) -> None:
         if values["n_images"]:
             mean, n = values["per_image"]["dice"]["mean"], values["n_images"]
             print(f"    {'dice, ' + polyp:<18}{mean:.4f}   {n} images")
+
+
+def show_negatives(scores: dict[str, Any]) -> None:
+    """Print how often an object is claimed where none is."""
+    print(
+        f"  claims of an object in {scores['crops']} parts without one, by their area "
+        f"({scores['pictures_without']} pictures have no such part):"
+    )
+    rows = {f"above {100 * float(k):g} %": v for k, v in scores["claims"].items()}
+    for name, value in {**rows, "mean area": scores["claimed_area"]}.items():
+        print(f"    {name:<18}{value['mean']:.4f}{_interval(*value['interval'])}")
 
 
 def show_classes(own_size: dict[str, Any]) -> None:
@@ -239,10 +254,18 @@ def run(options: Options) -> None:
     n = len(source)
     mask_format = format_of(options, trained, source)
     image_format = options.ranges.apply(trained.image_format)
-    shifts = [*SHIFTS] if options.shifted else []
-    shifted = {each: Shifted(source, each, mask_format, image_format) for each in shifts}
+    names = [*shifts.SHIFTS] if options.shifted else []
+    shifted = {each: shifts.Shifted(source, each, mask_format, image_format) for each in names}
+    parts = None
+    if options.negatives:
+        with program.task(f"looking for parts without an object in {n} pictures"):
+            parts = negatives.Negatives(source, mask_format, image_format)
 
-    def scored(pictures: Sequence[dict[str, Any]], mask_format: MaskFormat) -> Iterator[Scores]:
+    def scored(
+        pictures: Sequence[dict[str, Any]],
+        mask_format: MaskFormat,
+        image_format: ImageFormat = image_format,
+    ) -> Iterator[Scores]:
         for batch in score(
             model,
             trained.variables,
@@ -259,13 +282,17 @@ def run(options: Options) -> None:
             yield batch
             bar.update(len(batch.name))
 
-    total = n * (1 + len(shifted))
+    total = n * (1 + len(shifted)) + len(parts or ())
     print(f"predicting {total} pictures, after compiling", flush=True)
     with tqdm(total=total, unit=" pictures", leave=False, disable=None) as bar:
         batches = list(scored(source, mask_format))
         counts_shifted = {
             name: counts_of(scored(each, each.mask_format)) for name, each in shifted.items()
         }
+        claims = None
+        if parts is not None:
+            found = counts_of(scored(parts, parts.mask_format, parts.image_format))
+            claims = negatives.summary(parts, found)
     names = mask_format.learned
     scores, counts, reliability = report(batches, names)
     fingerprint = data.fingerprint(source)
@@ -288,7 +315,9 @@ def run(options: Options) -> None:
         **scores,
     }
     if shifted:
-        content["shifted"] = summary(counts, counts_shifted)
+        content["shifted"] = shifts.summary(counts, counts_shifted)
+    if claims is not None:
+        content["negatives"] = claims
     if trained.checkpoint == "best" and on_validation:
         print("note: the best checkpoint was chosen on these very images")
     if options.images is None and trained.fingerprints.get(what) != fingerprint:
@@ -304,6 +333,7 @@ def run(options: Options) -> None:
     stem += f"-threshold-{options.threshold:g}" if options.threshold != 0.5 else ""
     stem += "-ranged" if image_format != trained.image_format else ""
     stem += "-shifted" if shifted else ""
+    stem += "-negatives" if options.negatives else ""
     out.mkdir(parents=True, exist_ok=True)
     runs.write_atomically(out / f"{stem}.json", json.dumps(content, indent=2) + "\n")
     captions = [f"{word}: {each}" for word, each in zip(WORDS, shown, strict=True)]

@@ -11,7 +11,7 @@ examples:
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +20,7 @@ import tyro
 from flax_unet import images, onnx_file, pack, runs, safetensors_file, stablehlo_file
 from flax_unet.formats import BINARY
 from flax_unet_cli import program
+from flax_unet_cli.calibrate import calibrate
 from flax_unet_cli.model_path import ModelPath
 
 
@@ -37,6 +38,13 @@ class Options:
     'flax-unet[safetensors]'."""
     checkpoint: Literal["best", "latest"] = "best"
     """best by validation Dice."""
+    image_size: int | tuple[int, int] | None = None
+    """Height and width to which the exported model resizes pictures; by default as in training. A
+    smaller size is quicker; whether it is as exact, evaluate says on validation."""
+    calibrate: bool = False
+    """Divide the logits by the temperature that fits the run's validation pictures best, so that
+    probabilities say how often they are right; masks stay as they are. The temperature and the
+    calibration error are printed and recorded."""
     onnx: Path | None = None
     """ONNX file to create: one graph for any batch, height and width; pip install
     'flax-unet[onnx]'. Its metadata say what the classes and the values of images are."""
@@ -70,6 +78,10 @@ def run(options: Options) -> None:
     trained.network("export")  # refused before anything is made
     if trained.terms:
         print(f"the model was {trained.terms}")
+    if options.image_size is not None:
+        trained = at_size(trained, options.image_size)
+    if options.calibrate:
+        trained = calibrate(trained)
     # Made before anything is written, so that an error leaves nothing behind.
     makers = {options.onnx: onnx_bytes, options.stablehlo: stablehlo_bytes}
     contents = {file: makers[file](options, trained) for file in files}
@@ -79,6 +91,23 @@ def run(options: Options) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         runs.write_atomically(file, content)
         print_size(file, file)
+
+
+def at_size(trained: runs.Trained, size: int | tuple[int, int]) -> runs.Trained:
+    """The model with another size to which it resizes pictures; its `config` has both.
+
+    Raises:
+        ValueError: the network does not take this size, or resizes nothing.
+    """
+    if trained.settings.crop is not None:
+        raise ValueError("--image-size: a model of crops takes pictures at their own size")
+    settings, stride = replace(trained.settings, image_size=size), trained.model.stride
+    if any(side < 1 or side % stride for side in settings.size):
+        raise ValueError(f"--image-size {size} is not a multiple of {stride}")
+    content = trained.config["settings"] | {"image_size": size}
+    trained_at = trained.config.get("trained_at", trained.settings.image_size)
+    config = trained.config | {"settings": content, "trained_at": trained_at}
+    return trained._replace(settings=settings, config=config)
 
 
 def write_folder(options: Options, folder: Path, trained: runs.Trained) -> None:

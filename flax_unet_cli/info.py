@@ -89,7 +89,9 @@ def report(workdir: Path | None = None) -> Iterator[str]:
             "data": lambda: data(workdir),
             "made with": lambda: made_with(workdir),
         }
-    if "settings" in parts and workdir and not (workdir / "model.json").is_file():
+    if "settings" in parts and workdir and (workdir / "model.json").is_file():
+        parts["calibration"] = lambda: _pairs(config(workdir).get("calibration", {})) or "none"
+    elif "settings" in parts and workdir:
         parts |= {"steps": lambda: steps(workdir), "epochs": lambda: epochs(workdir)}
     for label, part in parts.items():
         try:

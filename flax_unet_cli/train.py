@@ -77,6 +77,9 @@ class Options:
     """Devices that share each batch; by default all."""
     fsdp: bool = False
     """Split parameters and optimizer state over the devices, too, if one has no room for them."""
+    save_every: int = 1
+    """Epochs from one checkpoint to the next: more where an epoch takes less time than writing one.
+    The best is chosen among these; the last epoch, and one that a signal ends, are always saved."""
     several: Annotated[program.Several, tyro.conf.arg(name="processes")] = program.Several()
 
 
@@ -165,6 +168,8 @@ def prepare(options: Options) -> Prepared:
     """
     settings, places = options.settings, options.places
     workdir = places.workdir
+    if options.save_every < 1:
+        raise ValueError(f"--save-every is {options.save_every}: it must be positive")
     runs.recipe_of(settings)  # settings that do not fit are refused before anything else
     checkpoint.check_folder(workdir)
     runs.check_writable(workdir)
@@ -481,9 +486,10 @@ def train(
         bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         bar.update(images)
 
-    def save(state: Any, records: list[dict[str, Any]], dice: float | None = None) -> None:
+    def save(epoch: Epoch, dice: float | None = None) -> None:
+        records = epoch.records if epoch.metrics is None else []
         content = {"records": records, "history": [*history], "config": progress["config"]}
-        checkpoint.save(checkpoints, state, content, dice=dice)
+        checkpoint.save(checkpoints, epoch.state, content, dice=dice)
 
     stopped = processes.agreed(stop, mesh)
     epochs = fit(
@@ -504,14 +510,15 @@ def train(
         mesh=mesh,
         check_values=settings.crop is None,  # crops may hold nothing, and what does not count
     )
+    save_last: Callable[[], None] | None = None  # what is not on disk yet
     written = event_writer(workdir, int(state.step)) if writes else contextlib.nullcontext()
     with bar, written as events:
         for epoch in epochs:
             bar.clear()
             if writes:
                 check()
+            save_last = partial(save, epoch)
             if epoch.metrics is None:  # the next start completes the epoch
-                save(epoch.state, epoch.records)
                 break
             scores, _ = evaluate(
                 training.model,
@@ -539,7 +546,9 @@ def train(
                 if writes:
                     file = workdir / "samples" / f"epoch-{epoch.number:04d}.png"
                     save_samples(file, training.model, variables, validation)
-            save(epoch.state, [], scores[chosen])
+            save_last = partial(save, epoch, scores[chosen])
+            if epoch.number % options.save_every == 0:
+                save_last()
             if events is not None:
                 try:
                     events(line)
@@ -550,6 +559,8 @@ def train(
                 bar.set_description(f"epoch {epoch.number + 1}/{settings.epochs}", refresh=False)
                 bar.initial = 0
                 bar.reset()
+    if save_last is not None:
+        save_last()
     checkpoint.finish(checkpoints, state)
 
 

@@ -318,6 +318,12 @@ def test_a_weight_map_reaches_the_loss_and_no_augmentation_loses_it(scene):
 # Values in memory
 
 
+@pytest.mark.parametrize("xp", [np, jnp])
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_a_mask_of_which_nothing_counts_is_no_error(channels, xp):
+    classes.check_mask(xp.full((2, 4, 4, 1), IGNORE, np.uint8), channels)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -271,7 +271,7 @@ def test_the_windows_of_a_picture_are_shared_by_the_devices(shape):
     np.testing.assert_allclose(
         three.apply(variables, image), one.apply(variables, image), rtol=1e-5, atol=1e-6
     )
-    logits = predict._logits(model)  # compiled for both
+    logits = predict.logits_function(model)  # compiled for both
     placed = jax.device_put(np.zeros((6, 8, 8, 3), np.float32), devices.split(mesh))
     result = logits(devices.replicate(variables, mesh), placed)
     assert len(result.sharding.device_set) == 3

@@ -47,18 +47,6 @@ def test_the_old_run_has_the_old_layout():
     assert "config" in json.loads(Path(WORKDIR, "config.json").read_text())
 
 
-@pytest.mark.parametrize(("name", "encoder"), [("strong", None), ("pretrained", "lite0")])
-def test_the_models_of_the_repository_are_loaded(name, encoder):
-    folder = Path(__file__).parent.parent / "models" / name
-    assert "config" in json.loads((folder / "model.json").read_text())["about"]  # the old form
-    trained = runs.load_model(folder)
-    settings = trained.settings
-    assert (settings.recipe, settings.encoder, settings.dataset) == (name, encoder, "kvasir_seg")
-    assert trained.model == runs.recipe_of(settings).model  # which the recipe still is
-    assert trained.loss_fn is losses.bce_soft_dice and trained.step > 0
-    assert trained.places.images is None and set(trained.fingerprints) == set(data.SPLITS)
-
-
 @pytest.mark.parametrize("which", ["best", "latest"])
 def test_an_old_run_is_loaded(which):
     trained = runs.load_model(WORKDIR, which)

@@ -160,7 +160,7 @@ def test_large_logits_become_probabilities_without_a_warning(tmp_path):
         assert (proba == expected).all()
 
 
-@pytest.mark.parametrize(("name", "encoder"), [("strong", None), ("pretrained", "lite0")])
+@pytest.mark.parametrize(("name", "encoder"), [("strong", None), ("pretrained", "lite2")])
 def test_the_models_of_the_repository_give_the_same_masks(tmp_path, name, encoder):
     model, variables, size, _ = pack.load(ROOT / "models" / name)
     assert (model.encoder and model.encoder.variant) == encoder

@@ -34,7 +34,7 @@ def save_model(folder, mask_format=formats.BINARY):
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
     about = dict(STRONG["about"], masks=formats.to_json(mask_format))
-    about["config"] = dict(about["config"], image_size=32)
+    about["settings"] = dict(about["settings"], image_size=32)
     pack.save(folder, pack.Packed(net, variables, 32, about))
     return folder
 

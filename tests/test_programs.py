@@ -240,10 +240,30 @@ def test_signals_save_in_the_middle_of_an_epoch(folders, undisturbed, tmp_path):
 
 
 def test_a_signal_ends_a_run_before_the_end_of_the_epoch(folders, tmp_path, before_each_step):
-    # There are 7 steps per epoch.
+    # There are 6 steps per epoch.
     before_each_step(lambda step: step == 8 and signal.raise_signal(signal.SIGTERM))
     assert train.main(arguments(folders, tmp_path)) == 128 + signal.SIGTERM
     assert parameters(tmp_path)[0] == 9 and len(lines(tmp_path)) == 1
+
+
+def test_checkpoints_may_be_fewer_than_epochs(folders, tmp_path, before_each_step):
+    straight, workdir = tmp_path / "straight", tmp_path / "few"
+    assert train.main(arguments(folders, straight, epochs=5)) == 0
+
+    def saved():
+        return {int(x.name) for x in (workdir / "checkpoints").iterdir() if x.name.isdigit()}
+
+    few = [*arguments(folders, workdir, epochs=5), "--save-every", "2"]
+    # There are 6 steps per epoch: a signal in the third one, and then one at its end.
+    for at, steps in ((13, {12, 14}), (17, {12, 14, 18})):
+        before_each_step(lambda step, at=at: step == at and signal.raise_signal(signal.SIGTERM))
+        assert train.main(few) == 128 + signal.SIGTERM
+        assert max(saved()) == max(steps) and saved() <= steps
+    before_each_step(lambda step: None)
+    assert train.main(few) == 0
+    assert saved() <= {12, 18, 24, 30} and max(saved()) == 30
+    assert parameters(workdir) == parameters(straight)
+    assert lines(workdir) == lines(straight)
 
 
 def test_a_run_is_extended_with_more_epochs(folders, short, capsys):
@@ -521,6 +541,7 @@ def test_a_run_starts_from_the_parameters_of_another(undisturbed, folders, tmp_p
         ({"image_size": 33}, "image_size 33 is not a multiple of 2"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"save_every": 0}, "--save-every is 0: it must be positive"),
         ({"images": "/nowhere"}, "/nowhere is not a folder"),
         ({"recipe": "weak"}, "no recipe 'weak': choose one of unet, article, strong, pretrained"),
         ({"encoder": "lite0"}, "encoder is lite0, but this recipe has none"),
@@ -892,6 +913,23 @@ def test_an_exported_model_records_which_checkpoint_it_is(undisturbed, tmp_path)
         command = ["--workdir", str(undisturbed[0]), "--out", str(tmp_path / which)]
         assert export.main([*command, "--checkpoint", which]) == 0
         assert runs.load_model(tmp_path / which).checkpoint == which
+
+
+def test_an_exported_model_may_resize_pictures_to_another_size(undisturbed, tmp_path, capsys):
+    def export_as(name, size, source=undisturbed[0]):
+        command = ["--model", str(source), "--out", str(tmp_path / name), "--image-size"]
+        return export.main([*command, *map(str, size)])
+
+    trained = runs.load_model(undisturbed[0])
+    assert export_as("a", [16, 64]) == 0
+    changed = runs.load_model(tmp_path / "a")
+    assert changed.settings == replace(trained.settings, image_size=(16, 64), init=None)
+    assert changed.predictor()[1] == (16, 64) and changed.config["trained_at"] == 32
+    assert export_as("b", [64], source=tmp_path / "a") == 0
+    assert runs.load_model(tmp_path / "b").config["trained_at"] == 32
+    for wrong in ([33], [0]):
+        assert export_as("c", wrong) == 1 and not (tmp_path / "c").exists()
+        assert f"--image-size {wrong[0]} is not a multiple of 2" in capsys.readouterr().err
 
 
 # Studies

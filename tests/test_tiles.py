@@ -162,7 +162,7 @@ def test_one_shape_is_compiled_for_all_pictures(variables):
     variables = variables_of(model)
     for shape in ((40, 61), (8, 8), (90, 33)):
         predict_proba(Tiled(model, 32), variables, image(*shape, 3))
-    assert predict._logits(model)._cache_size() == 1
+    assert predict.logits_function(model)._cache_size() == 1
 
 
 def test_float_and_uint8_images_and_pictures_are_the_same(variables):

@@ -7,7 +7,7 @@ from pathlib import Path
 import drawn
 import pytest
 
-from flax_unet import pack, runs, zoo
+from flax_unet import data, losses, pack, runs, zoo
 from flax_unet_cli import evaluate, export, train
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -81,6 +81,20 @@ def test_a_report_is_not_written_into_the_folder_of_a_shipped_model(here, capsys
     assert "add --out FOLDER" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "encoder"), [("strong", None), ("pretrained", "lite2")])
+def test_a_shipped_model_says_how_it_was_made(name, encoder):
+    trained = runs.load_model(name)
+    settings = trained.settings
+    assert (settings.recipe, settings.encoder, settings.dataset) == (name, encoder, "kvasir_seg")
+    assert trained.model == runs.recipe_of(settings).model  # which the recipe still is
+    augment = trained.config["training"]["augment"]
+    assert augment == json.loads(json.dumps(runs.recipe_of(settings).augment))
+    assert (settings.image_size, trained.config["trained_at"]) == (288, 352)
+    assert trained.config["calibration"]["temperature"] > 1
+    assert trained.loss_fn is losses.bce_soft_dice and trained.step > 0
+    assert trained.places.images is None and set(trained.fingerprints) == set(data.SPLITS)
+
+
 # Checksums
 
 
@@ -115,8 +129,8 @@ def test_what_is_exported_keeps_the_terms_of_kvasir_seg(here, capsys):
 
 def test_other_models_have_no_such_terms():
     trained = runs.load_model("strong")
-    assert trained.terms
-    other = trained._replace(settings=runs.Settings(dataset="folder"))
+    assert trained.terms == trained._replace(config={}).terms != ""
+    other = trained._replace(settings=runs.Settings(dataset="folder"), config={})
     assert other.terms == ""
 
 

@@ -1,0 +1,46 @@
+"""Fit a temperature to a trained model, for `export --calibrate`."""
+
+import sys
+from typing import Any
+
+from flax_unet import calibration, data, runs
+from flax_unet.evaluate import report, score
+from flax_unet_cli import evaluate, program
+
+
+def calibrate(trained: runs.Trained) -> runs.Trained:
+    """The model with the temperature that fits the validation pictures of its run best.
+
+    Its `config` has a section `calibration`: the temperature, and the calibration errors before
+    and after, those of `evaluate --split validation`.
+
+    Raises:
+        ValueError: the pictures are not there, the model has a temperature already, or none fits.
+    """
+    if "calibration" in trained.config:
+        raise ValueError("the model has a temperature already: calibrate the run that it is from")
+    network = trained.network("--calibrate")
+    options = evaluate.Options(trained.places.workdir, split="validation")
+    source, split, _ = evaluate.open_split(options, trained)
+    if trained.fingerprints.get(split) != data.fingerprint(source):
+        print("warning: these are not the pictures that the run was started with", file=sys.stderr)
+    model, size = trained.predictor()
+    formats = evaluate.format_of(options, trained, source), trained.image_format
+    pictures = source, size, *formats
+    with program.task(f"fitting a temperature to {len(source)} pictures of {split}"):
+        pairs = calibration.logits_of(model, trained.variables, *pictures)
+        temperature = calibration.fit_temperature(*pairs, overlapping=network.overlapping)
+    variables = calibration.with_temperature(network, trained.variables, temperature)
+
+    def error(variables: Any) -> float:
+        batches = list(score(model, variables, *pictures, loss_fn=trained.loss_fn))
+        content, *_ = report(batches, formats[0].learned)
+        return content["own_size"]["calibration_error"]
+
+    with program.task("measuring the calibration error, before and after"):
+        before, after = error(trained.variables), error(variables)
+    print(
+        f"temperature {temperature:.2f}: calibration error on {split} {before:.4f} -> {after:.4f}"
+    )
+    about = {"temperature": temperature, "calibration_error": [before, after]}
+    return trained._replace(variables=variables, config=trained.config | {"calibration": about})
