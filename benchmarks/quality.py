@@ -1,7 +1,7 @@
 """Shared by the workers of time_to_dice.py: the data, the clock, and the quality.
 
-Each worker trains in a process of its own and prints lines of JSON: one when its training begins,
-and one after each epoch.
+Each worker is a separate process that prints lines of JSON: one when its training begins, and one
+after each epoch.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 Kvasir-SEG at 128x128, protocol effisegnet: our recipes, the tutorial in Keras, and a U-Net of
 segmentation_models.pytorch, from scratch and from the ImageNet weights of our recipe `pretrained`.
-Each trains in a process of its own, one after the other, on the same pixels, until the Dice of the
+Each trains in a separate process, one after the other, on the same pixels, until the Dice of the
 100 validation pictures, smoothed, is 0.80, or its time or its schedule ends. Prints the tables of
 docs/benchmarks.md, and writes FOLDER/summary.json and the epochs of each to FOLDER/NAME.jsonl. What
 FOLDER has already is not trained again.
@@ -125,7 +125,7 @@ def table(summaries: dict[str, dict[str, Any]], key: str) -> str:
 
 
 def other(summaries: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table of the other figures."""
+    """A Markdown table of times, CPU use and epochs."""
     keys = ["start-up", "start-up, CPU", "first epoch", "median epoch", "fastest epoch"]
     keys += ["others, CPU", "validation", "epochs"]
     rows = [["", *keys, "best Dice"], ["---"] * (2 + len(keys))]

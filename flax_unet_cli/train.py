@@ -549,6 +549,7 @@ def train(
             save_last = partial(save, epoch, scores[chosen])
             if epoch.number % options.save_every == 0:
                 save_last()
+                save_last = None
             if events is not None:
                 try:
                     events(line)
