@@ -281,3 +281,25 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "imagenet": recipe.imagenet,
         "class_weight": recipe.class_weight,
     }
+
+
+def as_described(recipe: Recipe, description: dict[str, Any]) -> Recipe:
+    """The recipe with the loss, augmentation and optimizer of a description, see `describe`.
+
+    >>> strong, unet = RECIPES["strong"], RECIPES["unet"]
+    >>> as_described(unet, describe(strong)).loss
+    'bce_soft_dice'
+
+    Raises:
+        ValueError: the description is of another version.
+    """
+    try:
+        values = dict(description["optimizer"])
+        optimizer = {"Adam": Adam, "AdamW": AdamW}[values.pop("name")](**values)
+        augments = {
+            name: {key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()}
+            for name, settings in description["augment"].items()
+        }
+        return replace(recipe, loss=description["loss"], augment=augments, optimizer=optimizer)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"this recipe is of another version or program: {error}") from error

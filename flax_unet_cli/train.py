@@ -46,7 +46,7 @@ from flax_unet.formats import MaskFormat
 from flax_unet.images import ImageFormat
 from flax_unet.pictures import DataError
 from flax_unet.predict import predict_proba
-from flax_unet.recipes import RECIPES, Recipe, Training
+from flax_unet.recipes import RECIPES, Recipe, Training, as_described
 from flax_unet.train import TrainState, make_forward
 from flax_unet_cli import interrupt, program
 from flax_unet_cli.sources import (
@@ -187,12 +187,12 @@ def prepare(options: Options) -> Prepared:
         n = processes.count()
         of = f" of {n} processes" if n > 1 else ""
         print(f"each batch is split over {mesh.size} devices{of}", flush=True)
-    recorded = None
+    begun = recorded = None
     if checkpoint.exists(workdir / "checkpoints"):  # a run keeps what it found out about its data
         with contextlib.suppress(OSError, ValueError):
-            content = runs.recorded_config(workdir)
-            places = replace(places, split_by=content["places"]["split_by"])
-            recorded = images.from_json(content["images"])
+            begun = runs.recorded_config(workdir)
+            places = replace(places, split_by=begun["places"]["split_by"])
+            recorded = images.from_json(begun["images"])
     with program.task(f"opening {settings.dataset}; the first time takes a minute"):
         sources = processes.in_turn(lambda: open_sources(settings, places, options.masks.classes))
     known = options.channels == ImageFlags() and recorded
@@ -200,6 +200,8 @@ def prepare(options: Options) -> Prepared:
     mask_format = mask_format_of(settings, sources, options.masks)
     print(f"images: {image_format}\nmasks: {mask_format}", flush=True)
     recipe = runs.recipe_of(settings, mask_format, image_format)
+    if begun is not None and begun["settings"]["recipe"] == settings.recipe:
+        recipe = as_begun(recipe, settings.recipe, begun["training"])
     pictures = load_pictures(options, sources, recipe, mask_format, image_format, mesh)
     recipe = with_class_weights(recipe, settings, pictures)
     training = runs.build(settings, recipe, pictures.n)
@@ -214,6 +216,22 @@ def prepare(options: Options) -> Prepared:
             state = runs.create_state(settings, recipe, training, init_key, image_format.channels)
             content["terms"] = runs.terms_of(settings)
     return Prepared(mesh, training, pictures, key, image_format.channels, content, state)
+
+
+def as_begun(recipe: Recipe, name: str, description: dict[str, Any]) -> Recipe:
+    """The recipe as a run began with it; another version may have one of the same name."""
+    begun = as_described(recipe, description)
+    changed = [
+        what
+        for what in ("loss", "augment", "optimizer")
+        if getattr(begun, what) != getattr(recipe, what)
+    ]
+    if changed:
+        warn(
+            f"recipe {name} has another {', '.join(changed)} now than when this run began; the run "
+            "goes on with its own"
+        )
+    return begun
 
 
 def restore(

@@ -34,6 +34,21 @@ WORKDIR, EXPORTED = "run-0.1.0/workdir", "run-0.1.0/exported"
 IMAGES, MASKS = "run-0.1.0/images", "run-0.1.0/masks"
 
 
+#: Of the recipes strong and pretrained.
+OLD_AUGMENT = {
+    "random_affine": {
+        "rotation": 180.0,
+        "scale": 1.5,
+        "shear": 15.0,
+        "shift": 0.125,
+        "elastic": 0.02,
+    },
+    "random_colour": {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 10.0},
+    "random_blur": {"sigma": 1.0},
+    "random_noise": {"deviation": 0.03},
+}
+
+
 @pytest.fixture(autouse=True)
 def copy(tmp_path, monkeypatch):
     """A copy of the old run, in the folder that its relative paths start from."""
@@ -142,7 +157,11 @@ def test_an_old_run_is_resumed_to_its_old_end(capsys):
     assert flax_unet_cli.train.main(FLAGS) == 0
     out, error = capsys.readouterr()
     assert "resuming after step 4" in out
-    [warning] = [line for line in error.splitlines() if line.startswith("warning: ")]
+    changed, warning = [line for line in error.splitlines() if line.startswith("warning: ")]
+    assert changed == (
+        "warning: recipe strong has another augment now than when this run began; the run goes on "
+        "with its own"
+    )
     changes = warning.removeprefix("warning: resuming with other versions, device or places: ")
     changed = {change.split(": ")[0] for change in changes.split(", ")}
     assert changed <= {
@@ -226,7 +245,10 @@ def test_an_old_configuration_becomes_what_is_written_today(old):
     settings, places, new = new_form(old["flags"])
     upgraded = runs.upgrade(old["config.json"])
     for section in ("settings", "model", "training", "places"):
-        assert upgraded[section] == new[section]
+        expected = new[section]
+        if section == "training" and settings.recipe in ("strong", "pretrained"):
+            expected = expected | {"augment": OLD_AUGMENT}
+        assert upgraded[section] == expected
     assert upgraded.keys() == new.keys()
     for section in ("data", "device", "versions"):
         assert upgraded[section] == old["config.json"][section]

@@ -136,6 +136,22 @@ def test_a_description_is_json_from_which_the_recipe_can_be_made_again(name):
     assert again == recipe
 
 
+@pytest.mark.parametrize("crop", [None, (32, 64)])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_takes_what_another_one_describes(name, crop):
+    recipe = recipes.configure(RECIPES[name], crop=crop)
+    description = json.loads(json.dumps(recipes.describe(recipe)))
+    other = replace(recipe, loss="other", augment={}, optimizer=AdamW(clip=7.0))
+    assert recipes.as_described(other, description) == recipe
+
+
+@pytest.mark.parametrize("change", [{"optimizer": {"name": "SGD"}}, {"augment": None}])
+def test_a_description_of_another_program_is_refused(change):
+    description = recipes.describe(RECIPES["strong"]) | change
+    with pytest.raises(ValueError, match="another version or program: "):
+        recipes.as_described(RECIPES["strong"], description)
+
+
 def test_a_description_differs_with_everything_but_the_text():
     strong = RECIPES["strong"]
     colour = strong.augment | {"random_colour": {"brightness": 0.1}}
