@@ -11,6 +11,7 @@ FOLDER has already is not trained again.
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,8 @@ def write_pictures(file: Path) -> None:
 def processor() -> str:
     """The name of the processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def train(name: str, pictures: Path, file: Path, minutes: float) -> None:
@@ -76,9 +78,11 @@ def train(name: str, pictures: Path, file: Path, minutes: float) -> None:
 
 def read(file: Path, minutes: float) -> list[dict[str, Any]]:
     """The lines of a contender that has ended, or none."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    ended = lines and "ended" in lines[-1] and lines[0]["minutes"] == minutes
-    return lines if ended else []
+    lines = file.read_text().splitlines() if file.exists() else []
+    if not lines or "ended" not in lines[-1]:
+        return []
+    read = [json.loads(line) for line in lines]
+    return read if read[0]["minutes"] == minutes else []
 
 
 def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,6 +162,8 @@ def main() -> None:
     print("\nthe same in CPU seconds:\n\n" + table(summaries, "train_cpu_seconds"))
     print("\nthe same in epochs:\n\n" + table(summaries, "epoch"))
     print("\nother seconds:\n\n" + other(summaries))
+    if missing := ended.keys() - summaries.keys():
+        sys.exit(f"these failed, and are missing above: {', '.join(sorted(missing))}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     temperature = fit_temperature(*logits_of(model, variables, source, size, *formats))
     calibrated = with_temperature(model, variables, temperature)
 
-The logits are divided by it, which moves no pixel across a probability of 0.5, and changes no
-class that is the most probable one. Guo et al.: "On Calibration of Modern Neural Networks", ICML
-2017.
+The logits are divided by it, which moves no pixel of the network's output across a probability of
+0.5, and changes no class that is the most probable one. Probabilities that are resized afterwards
+may: some pixels of an outline. Guo et al.: "On Calibration of Modern Neural Networks", ICML 2017.
 """
 
 import math
@@ -100,11 +100,16 @@ def fit_temperature(
         T > 0: above 1 if the logits are too large, below 1 if they are too small.
 
     Raises:
-        ValueError: the shapes do not fit together, no pixel counts, logits are not finite, or the
-            best temperature is not inside of `RANGE`: all pixels are predicted right, or no better
-            than at random.
+        ValueError: the shapes do not fit together, no pixel counts, the masks hold 0 and 255 for 0
+            and 1, logits are not finite, or the best temperature is not inside of `RANGE`: all
+            pixels are predicted right, or no better than at random.
     """
     parts = [_wrong(*each, overlapping) for each in zip(logits, mask, strict=True)]
+    if {int(x) for each in mask for x in np.unique(each)} == {0, IGNORE}:
+        raise ValueError(
+            f"the masks have no values but 0 and {IGNORE}, and {IGNORE} means that a pixel does "
+            f"not count: use 0 and 1, as in (mask == {IGNORE}).astype(np.uint8)"
+        )
     pixels = sum(map(len, parts))
     if not pixels:
         raise ValueError("no pixel counts, so there is no temperature to fit")
@@ -168,13 +173,15 @@ def with_temperature(model: UNet, variables: Any, temperature: float) -> dict[st
         New variables of the same shapes.
 
     Raises:
-        ValueError: the temperature is not positive, or the model is no `UNet`, whose heads alone
-            are known.
+        ValueError: the temperature is not positive, the model is no `UNet`, whose heads alone are
+            known, or the variables are not its own.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}: it must be positive")
     if type(model) is not UNet:
         raise ValueError(f"the heads of {type(model).__name__} are not known, only those of UNet")
+    if not any(HEAD.fullmatch(name) for name in variables["params"]):
+        raise ValueError("the variables have no head: give those of the model")
     params = {
         name: {key: x / temperature for key, x in each.items()} if HEAD.fullmatch(name) else each
         for name, each in variables["params"].items()

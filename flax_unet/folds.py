@@ -8,6 +8,7 @@ Folds are made of the training and the validation pictures. The test pictures st
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 from flax_unet.folders import group_of
@@ -37,6 +38,10 @@ class Rows(Sequence):
     def __getitem__(self, i: int) -> dict[str, Any]:  # type: ignore[override]
         source, index = self._rows[i]
         return self._sources[source][index]
+
+    def where(self, chosen: Sequence[bool]) -> "Rows":
+        """The chosen ones of these pictures."""
+        return Rows(self._sources, list(compress(self._rows, chosen)))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # while it is unpickled there are no sources yet
@@ -80,6 +85,12 @@ def folds_of(names: Sequence[str], k: int, group: str | None = None) -> list[int
     return [fold[key] for key in keys]
 
 
+def together(sources: Mapping[str, Source]) -> Rows:
+    """The pictures of all folds: those of training and of validation."""
+    parts = [sources[name] for name in SPLITS if name in sources]
+    return Rows(parts, [(part, i) for part, source in enumerate(parts) for i in range(len(source))])
+
+
 def split(
     sources: Mapping[str, Source], i: int, k: int, group: str | None = None
 ) -> dict[str, Source]:
@@ -99,11 +110,8 @@ def split(
     """
     if not 0 <= i < k:
         raise ValueError(f"fold {i} of {k}: folds are numbered from 0 to {k - 1}")
-    parts = [sources[name] for name in SPLITS if name in sources]
-    rows = [(part, j) for part, source in enumerate(parts) for j in range(len(source))]
-    fold = folds_of([parts[part][j]["name"] for part, j in rows], k, group)
-    chosen = {
-        "train": [row for row, of in zip(rows, fold, strict=True) if of != i],
-        "validation": [row for row, of in zip(rows, fold, strict=True) if of == i],
-    }
-    return {**sources, **{name: Rows(parts, each) for name, each in chosen.items()}}
+    pictures = together(sources)
+    fold = folds_of([picture["name"] for picture in pictures], k, group)
+    validation = [of == i for of in fold]
+    chosen = {"train": [not x for x in validation], "validation": validation}
+    return {**sources, **{name: pictures.where(each) for name, each in chosen.items()}}

@@ -45,6 +45,9 @@ class MaskFormat:
             file say 0 or 1, and the file's name which class.
         overlapping: whether separate classes may overlap: masks then have a channel for each class
             but the first, the background.
+
+    Raises:
+        DataError: a class is called `name`.
     """
 
     names: tuple[str, ...] = ("background", "foreground")
@@ -53,6 +56,10 @@ class MaskFormat:
     threshold: float | None = None
     separate: bool = False
     overlapping: bool = False
+
+    def __post_init__(self):
+        if "name" in self.names:
+            raise DataError("a class cannot be called name: that is the picture's name in reports")
 
     @property
     def channels(self) -> int:

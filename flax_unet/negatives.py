@@ -93,9 +93,9 @@ class Negatives(Sequence[dict[str, Any]]):
 def largest_part(image: np.ndarray, mask: np.ndarray) -> Box | None:
     """The largest upright rectangle of a picture without an object, in pixels.
 
-    It is farther from each pixel of an object, or that does not count, than `MARGIN` of the
-    diagonal, and no cell of it is black. Cells are squares of max(H, W) / `CELLS` pixels, rounded
-    up.
+    It has no pixel within `MARGIN` of the diagonal of an object, or of a pixel that does not count,
+    and no black cell. Cells are squares of max(H, W) / `CELLS`
+    pixels, rounded up.
 
     Args:
         image: uint8 [H, W, C], or float in [0, 1].
@@ -108,7 +108,9 @@ def largest_part(image: np.ndarray, mask: np.ndarray) -> Box | None:
     objects = (mask > 0).any(-1)  # those that do not count are 255
     distance = ndimage.distance_transform_edt(~objects) if objects.any() else np.inf
     near = np.broadcast_to(distance <= MARGIN * np.hypot(height, width), objects.shape)
-    dark = image.max(-1) < DARK * (255 if image.dtype == np.uint8 else 1)
+    raw = image.dtype == np.uint8
+    colours = image[..., :3] if raw and image.shape[-1] == 4 else image  # without alpha
+    dark = colours.max(-1) < DARK * (255 if raw else 1)
     side = -(-max(height, width) // CELLS)
     rows, columns = height // side, width // side
 

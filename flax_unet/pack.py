@@ -114,14 +114,15 @@ def save(
         kernels: their type in the file; np.float32 rounds nothing, in twice the space.
 
     Raises:
-        ValueError: a kernel is not finite in its type, or the model cannot be described.
+        ValueError: a kernel is not finite in its type, the model cannot be described, or its image
+            size cannot be loaded again.
         TypeError: `about` is not JSON.
         FileExistsError: the folder already holds a model.
     """
     folder, arrays = Path(folder), {}
     content = {
         "model": describe(packed.model),
-        "image_size": packed.image_size,
+        "image_size": _size(packed.image_size, packed.model),
         "about": packed.about,
     }
     by_name = cast(dict[str, Any], flatten_dict(packed.variables, sep="/"))
@@ -180,8 +181,8 @@ def load(folder: str | os.PathLike) -> Packed:
 
 
 def _size(size: Any, model: UNet) -> int | tuple[int, int]:
-    """The image size in a model.json."""
-    sides = size if isinstance(size, list) else [size]
+    """The image size of a model.json, read or to be written."""
+    sides = size if isinstance(size, list | tuple) else [size]
     if len(sides) not in (1, 2) or not all(
         type(side) is int and 1 <= side <= LARGEST_SIDE and side % model.stride == 0
         for side in sides

@@ -172,7 +172,8 @@ def _headline(evaluation: Mapping[str, Any] | None, history: Sequence[Mapping[st
     place = "their own sizes" if evaluation and evaluation.get("window") else "the network's size"
     note = f"Means over images at {place}, with intervals of 95 %; the best possible is 1"
     if evaluation is None:
-        best = max(history, key=lambda record: record["val_dice_per_image"])
+        saved = [record for record in history if record.get("saved", True)] or history
+        best = max(saved, key=lambda record: record["val_dice_per_image"])
         values = {
             name: (best[f"val_{key}_per_image"], "validation") for key, name in RATIOS.items()
         }

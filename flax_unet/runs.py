@@ -209,18 +209,22 @@ def configure(
         upright=settings.upright,
         crop=None if settings.crop is None else settings.size,
     )
-    model, size = recipe.model, settings.image_size
-    name = "image_size" if settings.crop is None else "crop"
-    if any(side % model.stride for side in settings.size):
-        raise ValueError(f"{name} {size} is not a multiple of {model.stride}")
-    if set(settings.size) == {model.stride} and model.norm in ("instance", 1):
-        raise ValueError(
-            f"{name} {size} leaves one pixel in the bottleneck, and instance norm turns a "
-            f"single pixel into 0: use at least {2 * model.stride}, or fewer features"
-        )
+    check_size(settings, recipe.model)
     image = jnp.zeros((1, *settings.size, image_format.channels))
-    jax.eval_shape(model.init, jax.random.key(0), image)
+    jax.eval_shape(recipe.model.init, jax.random.key(0), image)
     return recipe
+
+
+def check_size(settings: Settings, model: UNet) -> None:
+    """Raise ValueError if the network does not take images of the settings' size."""
+    name, stride = "image_size" if settings.crop is None else "crop", model.stride
+    if any(side < 1 or side % stride for side in settings.size):
+        raise ValueError(f"{name} {settings.image_size} is not a multiple of {stride}")
+    if set(settings.size) == {stride} and model.norm in ("instance", 1):
+        raise ValueError(
+            f"{name} {settings.image_size} leaves one pixel in the bottleneck, and instance norm "
+            f"turns a single pixel into 0: use at least {2 * stride}, or fewer features"
+        )
 
 
 def build(settings: Settings, recipe: recipes.Recipe, n_images: int) -> recipes.Training:
@@ -419,12 +423,15 @@ def from_json(content: dict[str, Any], workdir: Path) -> tuple[Settings, Places]
     return Settings(**settings), Places(**places)
 
 
-def check_workdir(workdir: Path, new: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def check_workdir(
+    workdir: Path, new: dict[str, Any], save_every: int = 1
+) -> tuple[dict[str, Any], str]:
     """Compare the run about to start with what the workdir holds; nothing is written.
 
     Args:
         workdir: an empty or missing folder, or the folder of the same run.
         new: from `to_json`.
+        save_every: epochs from one checkpoint to the next.
 
     Returns:
         The config.json to write, and the differences in versions, device and places, as text.
@@ -434,7 +441,7 @@ def check_workdir(workdir: Path, new: dict[str, Any]) -> tuple[dict[str, Any], s
             differences), or files of something else.
     """
     if not checkpoint.exists(workdir / "checkpoints"):
-        _check_unused(workdir)
+        _check_unused(workdir, save_every)
         return new, ""
     old, changes = recorded_config(workdir), {}
     for section in DETERMINES:
@@ -474,7 +481,7 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(f"{existing} is read-only: choose another folder than {folder}")
 
 
-def _check_unused(workdir: Path) -> None:
+def _check_unused(workdir: Path, save_every: int) -> None:
     if (workdir / "model.json").exists():
         raise ValueError(f"{workdir} holds an exported model: choose another --workdir")
     if (workdir / CROSS_VALIDATION).exists():
@@ -482,7 +489,8 @@ def _check_unused(workdir: Path) -> None:
     file, allowed = workdir / "metrics.jsonl", 0
     if (workdir / "config.json").exists():
         read_config(workdir)
-        allowed = 2  # a run may be killed in its second epoch, while the first is being saved
+        # A run may be killed before its second checkpoint, while the first is being saved.
+        allowed = 2 * save_every
     if file.exists() and len(file.read_bytes().splitlines()) > allowed:
         raise ValueError(f"{file} has no checkpoint to resume from: choose another --workdir")
 
@@ -767,7 +775,7 @@ def folds_in(folder: Path) -> list[Path]:
 def ensemble(members: Sequence[Trained]) -> Trained:
     """Several models that were trained on the same kind of pictures as one, see `predict.Ensemble`.
 
-    All else is that of the first one, and `step` the largest.
+    All else is that of the first one, `step` the largest, and `terms` those of any.
 
     Raises:
         ValueError: there are none; or they take other images, or predict other classes.
@@ -790,9 +798,10 @@ def ensemble(members: Sequence[Trained]) -> Trained:
                     f"{getattr(ours, what)} and {getattr(theirs, what)}"
                 )
     workdirs = [str(trained.places.workdir) for trained in members]
+    terms = next(filter(None, (trained.terms for trained in members)), "")
     return first._replace(
         model=models,
         variables=tuple(trained.variables for trained in members),
         step=max(trained.step for trained in members),
-        config=first.config | {"ensemble": workdirs},
+        config=first.config | {"ensemble": workdirs, "terms": terms},
     )

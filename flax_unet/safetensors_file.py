@@ -43,7 +43,7 @@ def save(folder: str | os.PathLike, packed: pack.Packed) -> None:
         FileExistsError: the folder holds a weights.safetensors, or the model.json of another model.
         ModuleNotFoundError: safetensors is not installed.
     """
-    to_bytes = _import_save()
+    to_bytes = import_save()
     folder, tensors = Path(folder), {}
     for name, x in cast(dict[str, Any], flatten_dict(packed.variables, sep=".")).items():
         tensors[name] = np.array(x, np.float32, order="C")
@@ -67,7 +67,12 @@ def save(folder: str | os.PathLike, packed: pack.Packed) -> None:
         part.replace(config)
 
 
-def _import_save() -> Any:
+def import_save() -> Any:
+    """The function `safetensors.numpy.save`.
+
+    Raises:
+        ModuleNotFoundError: safetensors is not installed.
+    """
     try:
         from safetensors.numpy import save
     except ModuleNotFoundError as error:

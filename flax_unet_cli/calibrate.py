@@ -3,9 +3,11 @@
 import sys
 from typing import Any
 
-from flax_unet import calibration, data, runs
-from flax_unet.evaluate import report, score
+from flax_unet import calibration, data, metrics, runs
+from flax_unet.evaluate import add, score
+from flax_unet.pictures import DataError
 from flax_unet_cli import evaluate, program
+from flax_unet_cli.train import FEW
 
 
 def calibrate(trained: runs.Trained) -> runs.Trained:
@@ -21,24 +23,30 @@ def calibrate(trained: runs.Trained) -> runs.Trained:
         raise ValueError("the model has a temperature already: calibrate the run that it is from")
     network = trained.network("--calibrate")
     options = evaluate.Options(trained.places.workdir, split="validation")
-    source, split, _ = evaluate.open_split(options, trained)
+    try:
+        source, split, _ = evaluate.open_split(options, trained)
+    except (DataError, OSError) as error:
+        raise DataError(
+            f"--calibrate needs the pictures of the run, where they were in training: {error}"
+        ) from error
     if trained.fingerprints.get(split) != data.fingerprint(source):
         print("warning: these are not the pictures that the run was started with", file=sys.stderr)
+    if (n := len(source)) < FEW:
+        print(f"warning: {split} has only {n} of the pictures: the temperature will say little")
     model, size = trained.predictor()
     formats = evaluate.format_of(options, trained, source), trained.image_format
     pictures = source, size, *formats
-    with program.task(f"fitting a temperature to {len(source)} pictures of {split}"):
+    with program.task(f"fitting a temperature to {n} pictures of {split}"):
         pairs = calibration.logits_of(model, trained.variables, *pictures)
         temperature = calibration.fit_temperature(*pairs, overlapping=network.overlapping)
     variables = calibration.with_temperature(network, trained.variables, temperature)
 
-    def error(variables: Any) -> float:
-        batches = list(score(model, variables, *pictures, loss_fn=trained.loss_fn))
-        content, *_ = report(batches, formats[0].learned)
-        return content["own_size"]["calibration_error"]
+    def error_of(variables: Any) -> float:
+        batches = score(model, variables, *pictures, loss_fn=trained.loss_fn)
+        return metrics.calibration_error(add([batch.reliability for batch in batches]))
 
     with program.task("measuring the calibration error, before and after"):
-        before, after = error(trained.variables), error(variables)
+        before, after = error_of(trained.variables), error_of(variables)
     print(
         f"temperature {temperature:.2f}: calibration error on {split} {before:.4f} -> {after:.4f}"
     )

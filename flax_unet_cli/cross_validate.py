@@ -24,7 +24,7 @@ from flax_unet_cli import evaluate, program, train
 
 #: Scores of the table, per image: means over classes if there are several.
 SCORES = "dice", "iou"
-UNUSED = ("fold", "several")
+UNUSED = "fold", "distributed", "coordinator", "process"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def summarise(folds: list[Path]) -> dict[str, Any]:
 
 def per_image(image: dict[str, Any], classes: list[str]) -> list[float]:
     """The scores of an image in a report."""
-    each = [image[name] for name in classes] if "dice" not in image else [image]
+    one = isinstance(image.get("dice"), float)
+    each = [image] if one else [image[name] for name in classes]
     return [float(np.mean([scores[name] for scores in each])) for name in SCORES]
 
 

@@ -43,8 +43,8 @@ class Options:
     smaller size is quicker; whether it is as exact, evaluate says on validation."""
     calibrate: bool = False
     """Divide the logits by the temperature that fits the run's validation pictures best, so that
-    probabilities say how often they are right; masks stay as they are. The temperature and the
-    calibration error are printed and recorded."""
+    probabilities say how often they are right; masks keep all but a few pixels of an outline. The
+    temperature and the calibration error are printed and recorded."""
     onnx: Path | None = None
     """ONNX file to create: one graph for any batch, height and width; pip install
     'flax-unet[onnx]'. Its metadata say what the classes and the values of images are."""
@@ -69,6 +69,10 @@ def run(options: Options) -> None:
     if options.out is not None:
         if (options.out / "config.json").exists():
             raise ValueError(f"{options.out} is the workdir of a run: choose another folder")
+        if (options.out / "model.json").exists():
+            raise FileExistsError(f"{options.out / 'model.json'} exists: choose another folder")
+        if options.safetensors:
+            safetensors_file.import_save()  # refused before anything is made
         runs.check_writable(options.out)
     for file in files:
         if file.exists():
@@ -101,12 +105,16 @@ def at_size(trained: runs.Trained, size: int | tuple[int, int]) -> runs.Trained:
     """
     if trained.settings.crop is not None:
         raise ValueError("--image-size: a model of crops takes pictures at their own size")
-    settings, stride = replace(trained.settings, image_size=size), trained.model.stride
-    if any(side < 1 or side % stride for side in settings.size):
-        raise ValueError(f"--image-size {size} is not a multiple of {stride}")
+    settings = replace(trained.settings, image_size=size)
+    runs.check_size(settings, trained.network("--image-size"))
     content = trained.config["settings"] | {"image_size": size}
     trained_at = trained.config.get("trained_at", trained.settings.image_size)
     config = trained.config | {"settings": content, "trained_at": trained_at}
+    if "calibration" in config:
+        config["calibration"] = {"temperature": config["calibration"]["temperature"]}
+        print(
+            "note: the temperature was fitted at another size, and its error is not known at this"
+        )
     return trained._replace(settings=settings, config=config)
 
 

@@ -81,6 +81,8 @@ def report(workdir: Path | None = None) -> Iterator[str]:
     }
     if workdir is not None and not workdir.expanduser().is_dir():
         parts["workdir"] = lambda: f"there is no folder {workdir}"
+    elif workdir is not None and (workdir / "cross-validation.json").is_file():
+        parts["workdir"] = lambda: f"{workdir}, a cross-validation: name one of its folds"
     elif workdir is not None:
         parts |= {
             "workdir": lambda: str(workdir.expanduser().absolute()),
@@ -240,7 +242,8 @@ def epochs(workdir: Path) -> str:
 
 
 def _scores(records: list[dict[str, Any]], name: str) -> str:
-    last, best = records[-1], max(records, key=lambda record: record[name])
+    saved = [record for record in records if record.get("saved", True)] or records
+    last, best = records[-1], max(saved, key=lambda record: record[name])
     return (
         f"{last['epoch']} done, at step {last['step']}; {name} {last[name]:.4f}, "
         f"best {best[name]:.4f} in epoch {best['epoch']}"

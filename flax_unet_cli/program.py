@@ -112,7 +112,7 @@ class Several:
         elif self.processes is None and (variable := processes.others_unasked()):
             raise ValueError(
                 f"this is one of several processes ({variable}), and each would train alone: "
-                "--distributed to train together, --processes 1 if that is meant"
+                "--processes 1 if that is meant; to train together, train has --distributed"
             )
 
 

@@ -151,10 +151,14 @@ class ImageFlags(RangeFlags):
 def image_format_of(settings: Settings, sources: Sources, flags: ImageFlags) -> ImageFormat:
     """Channels and range of the images, from the flags or from the training split.
 
+    Of a fold they are found from the pictures of all folds, so that their models can become one.
+
     Raises:
         DataError: the pictures do not agree, or the flags contradict each other.
     """
     source = split_of(settings, sources, "train")
+    if settings.fold is not None:
+        source = folds.together(sources)
     with task(f"looking at {len(source)} training pictures"):
         return images.find(source, **vars(flags))
 

@@ -35,7 +35,10 @@ UNUSED = (
     "dry_run",
     "fsdp",
     "quiet",
-    "several",
+    "save_every",
+    "distributed",
+    "coordinator",
+    "process",
 )
 
 

@@ -156,6 +156,7 @@ class Prepared(NamedTuple):
     pictures: "Pictures"
     key: jax.Array
     channels: int  # of the images
+    fixed_length: bool  # the number of epochs cannot change
     content: dict[str, Any]  # of config.json
     state: Any  # the first one; None if there is a checkpoint
 
@@ -200,8 +201,9 @@ def prepare(options: Options) -> Prepared:
     mask_format = mask_format_of(settings, sources, options.masks)
     print(f"images: {image_format}\nmasks: {mask_format}", flush=True)
     recipe = runs.recipe_of(settings, mask_format, image_format)
+    changed = []
     if begun is not None and begun["settings"]["recipe"] == settings.recipe:
-        recipe = as_begun(recipe, settings.recipe, begun["training"])
+        recipe, changed = as_begun(recipe, begun, workdir)
     pictures = load_pictures(options, sources, recipe, mask_format, image_format, mesh)
     recipe = with_class_weights(recipe, settings, pictures)
     training = runs.build(settings, recipe, pictures.n)
@@ -211,27 +213,36 @@ def prepare(options: Options) -> Prepared:
     init_key, key = jax.random.split(jax.random.key(settings.seed))
     state = None
     if not options.dry_run:
-        runs.check_workdir(workdir, content)
+        runs.check_workdir(workdir, content, options.save_every)
+        if changed:
+            warn(
+                f"recipe {settings.recipe} has another {', '.join(changed)} now than when this run "
+                "began; the run goes on with its own"
+            )
         if not checkpoint.exists(workdir / "checkpoints"):
             state = runs.create_state(settings, recipe, training, init_key, image_format.channels)
             content["terms"] = runs.terms_of(settings)
-    return Prepared(mesh, training, pictures, key, image_format.channels, content, state)
+    fixed_length = recipe.optimizer.fixed_length
+    channels = image_format.channels
+    return Prepared(mesh, training, pictures, key, channels, fixed_length, content, state)
 
 
-def as_begun(recipe: Recipe, name: str, description: dict[str, Any]) -> Recipe:
-    """The recipe as a run began with it; another version may have one of the same name."""
-    begun = as_described(recipe, description)
-    changed = [
-        what
-        for what in ("loss", "augment", "optimizer")
-        if getattr(begun, what) != getattr(recipe, what)
-    ]
-    if changed:
-        warn(
-            f"recipe {name} has another {', '.join(changed)} now than when this run began; the run "
-            "goes on with its own"
-        )
-    return begun
+def as_begun(recipe: Recipe, config: dict[str, Any], workdir: Path) -> tuple[Recipe, list[str]]:
+    """The recipe as a run began with it, and what another version has changed in it since.
+
+    Raises:
+        ValueError: this version does not have what the run needs.
+    """
+    try:
+        begun = as_described(recipe, config["training"])
+    except ValueError as error:
+        version = config["versions"].get("flax-unet", "unknown")
+        raise ValueError(
+            f"{workdir} cannot be resumed, {error}: resume it with flax-unet {version}, with which "
+            "it began, or choose another --workdir"
+        ) from error
+    parts = "loss", "augment", "optimizer"
+    return begun, [part for part in parts if getattr(begun, part) != getattr(recipe, part)]
 
 
 def restore(
@@ -243,10 +254,10 @@ def restore(
         ValueError: the workdir holds another run.
         CheckpointError: there is no checkpoint that can be read.
     """
-    mesh, training, pictures, _, channels, content, state = prepared
+    mesh, training, pictures, _, channels, _, content, state = prepared
     settings, workdir, progress = options.settings, options.places.workdir, {}
     with processes.together():
-        content, changes = runs.check_workdir(workdir, content)
+        content, changes = runs.check_workdir(workdir, content, options.save_every)
     if changes:
         warn(f"resuming with other versions, device or places: {changes}")
     if checkpoints.latest_step() is not None:
@@ -474,8 +485,8 @@ def train(
     records = progress.get("records", [])
     history = processes.first(lambda: runs.read_history(workdir, first, progress.get("history")))
     if first >= settings.epochs:
-        fixed = RECIPES[settings.recipe].optimizer.fixed_length
-        print(f"all {first} epochs are done" + ("" if fixed else "; ask for more with --epochs"))
+        more = "" if prepared.fixed_length else "; ask for more with --epochs"
+        print(f"all {first} epochs are done{more}")
     resident = data.to_device(validation, mesh)
     due = 0.0  # when to draw the curves again
     # Of crops and of several classes a picture may lack some: the pooled Dice has no empty case.
@@ -548,12 +559,14 @@ def train(
             )
             check_finite(int(epoch.state.step), validation_loss=scores["loss"])
             # The checkpoint comes last, so that a killed run repeats everything before it.
-            history.append(line := metrics_line(epoch, epoch.metrics, scores))
-            ends.append(time.monotonic())
+            line = metrics_line(epoch, epoch.metrics, scores)
             last = epoch.number == settings.epochs
+            saved = last or epoch.number % options.save_every == 0 or bool(stopped())
+            history.append(line if saved else line | {"saved": False})
+            ends.append(time.monotonic())
             if writes:
                 with (workdir / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                    file.write(json.dumps(history[-1]) + "\n")
                     runs.sync(file)
                 print(epoch_line(history, chosen, settings.epochs, ends), flush=True)
                 if stop or last or time.monotonic() > due:
@@ -565,7 +578,7 @@ def train(
                     file = workdir / "samples" / f"epoch-{epoch.number:04d}.png"
                     save_samples(file, training.model, variables, validation)
             save_last = partial(save, epoch, scores[chosen])
-            if epoch.number % options.save_every == 0:
+            if saved:
                 save_last()
                 save_last = None
             if events is not None:
@@ -664,14 +677,15 @@ def epoch_line(history: list[dict[str, Any]], chosen: str, epochs: int, ends: li
         epochs: of the whole run.
         ends: when training and each of its epochs ended, in seconds; the first epoch compiles.
     """
-    line, dice = history[-1], [each[f"val_{chosen}"] for each in history]
+    line, name = history[-1], f"val_{chosen}"
     seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
     left = (epochs - line["epoch"]) * statistics.median(seconds[1:] or seconds)
     remaining = f", {tqdm.format_interval(left)} left" if left else ""
-    best = " (best)" if dice[-1] == max(dice) else ""
+    saved = [each for each in history if each.get("saved", True)]
+    is_best = line in saved and line[name] == max(each[name] for each in saved)
     texts = (
         f"epoch {line['epoch']}/{epochs}",
-        f"val dice {dice[-1]:.4f}{best}",
+        f"val dice {line[name]:.4f}{' (best)' * is_best}",
         f"loss {line['loss']:.4f}",
         f"val loss {line['val_loss']:.4f}",
         tqdm.format_interval(seconds[-1]) + remaining,

@@ -1,6 +1,7 @@
 """The temperature: fitted, folded into the heads, and `export --calibrate`."""
 
 import json
+import shutil
 from collections import Counter
 
 import jax
@@ -88,6 +89,15 @@ def test_logits_that_are_very_large_do_not_overflow():
     grid = np.exp(np.linspace(np.log(1), np.log(19), 401))
     losses = [np.logaddexp(0, np.where(mask == 1, -z, z) / t).mean() for t in grid]
     assert fit_temperature(z, mask) == pytest.approx(grid[np.argmin(losses)], rel=0.01)
+
+
+def test_masks_of_0_and_255_are_refused_and_classes_beside_255_are_not():
+    z, mask = drawn("one", 2, n=1000)
+    with pytest.raises(ValueError, match="no values but 0 and 255, .* does not count"):
+        fit_temperature(z, mask * IGNORE)
+    z, mask = drawn("exclusive", 2)
+    mask[mask == 1] = IGNORE
+    assert fit_temperature(z, mask) > 1
 
 
 def test_what_cannot_be_fitted_is_refused():
@@ -187,6 +197,11 @@ def test_other_models_and_temperatures_are_refused():
 
 
 # Pixels
+
+
+def test_variables_without_a_head_are_refused():
+    with pytest.raises(ValueError, match="no head"):
+        with_temperature(UNet((4, 8)), {"params": {"decoder": {}}}, 2.0)
 
 
 def entries(n, sides, channels=1):
@@ -317,6 +332,27 @@ def test_export_refuses_a_temperature_without_pictures(run, tmp_path, capsys):
     assert export.main(flags) == 1
     assert "does not record where its pictures are" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
+
+
+def test_at_another_size_the_error_of_a_calibrated_model_is_not_known(run, tmp_path, capsys):
+    first, second = tmp_path / "model", tmp_path / "smaller"
+    flags = ["--workdir", str(run / "run"), "--out", str(first), "--calibrate"]
+    assert export.main(flags) == 0
+    flags = ["--model", str(first), "--out", str(second), "--image-size", "16"]
+    assert export.main(flags) == 0
+    assert "the temperature was fitted at another size" in capsys.readouterr().out
+    about, again = (runs.load_model(x).config["calibration"] for x in (first, second))
+    assert again == {"temperature": about["temperature"]} and "calibration_error" in about
+
+
+def test_export_says_what_a_temperature_needs(run, tmp_path, capsys):
+    shutil.copytree(run / "run", tmp_path / "run")
+    content = json.loads((tmp_path / "run" / "config.json").read_text())
+    content["places"]["images"] = str(tmp_path / "gone")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(content))
+    flags = ["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "model"), "--calibrate"]
+    assert export.main(flags) == 1
+    assert "--calibrate needs the pictures of the run, where they were" in capsys.readouterr().err
 
 
 def test_export_warns_of_other_pictures(run, tmp_path, capsys):

@@ -280,6 +280,9 @@ def test_models_of_other_pictures_are_no_ensemble(workdir, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             runs.ensemble([one, one._replace(**change)])
+    bound = one._replace(config=one.config | {"terms": "for research"})
+    for members in ([one, bound], [bound, one]):
+        assert runs.ensemble(members).terms == "for research"
     (tmp_path / "cross-validation.json").write_text('{"folds": [{}]}')
     with pytest.raises(ValueError, match="cross-validation.json is damaged"):
         runs.load_model(tmp_path)
@@ -295,3 +298,28 @@ def test_the_embedded_data_set_by_its_own_split(tmp_path):
     assert names[0]["train"] != names[1]["train"] and names[0]["test"] == names[1]["test"]
     assert {*names[0]["train"]} == {*names[1]["validation"]} and len(names[0]["test"]) == 80
     assert runs.load_model(tmp_path / "folds").model.num_classes == 1
+
+
+def test_the_folds_of_pictures_of_16_bits_have_one_range(tmp_path, root):
+    """Their models could not become an ensemble otherwise."""
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i, file in enumerate(sorted((tmp_path / "images").iterdir())):
+        values = rng.integers(100, 1000 * (i + 1), (32, 32)).astype(np.uint16)
+        Image.fromarray(values).save(file)
+    found = set()
+    for fold in range(K):
+        settings = runs.Settings(dataset="folder", fold=(fold, K), image_size=16, features=(4, 8))
+        places = runs.Places(
+            tmp_path, images=tmp_path / "images", masks=tmp_path / "masks", group=GROUP
+        )
+        opened = sources.open_sources(settings, places)
+        found.add(sources.image_format_of(settings, opened, sources.ImageFlags()))
+    (only,) = found
+    assert only.kind == "integers" and only.high[0] > 10_000
+
+
+def test_the_scores_of_a_class_called_dice_are_found():
+    image = {"name": "a", "dice": {"dice": 0.5, "iou": 0.25}, "b": {"dice": 1.0, "iou": 1.0}}
+    assert cross_validate.per_image(image, ["dice", "b"]) == [0.75, 0.625]
+    assert cross_validate.per_image({"name": "a", "dice": 0.5, "iou": 0.25}, []) == [0.5, 0.25]

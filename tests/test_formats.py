@@ -369,3 +369,11 @@ def test_of_many_errors_the_first_are_shown_and_the_others_counted():
         DataError, match="8 pictures are unusable:(\n  mask [0-4] is bad){5}\n  and 3 more$"
     ):
         map_all(fail, range(8))
+
+
+def test_no_class_is_called_name(tmp_path):
+    file = tmp_path / "classes.txt"
+    file.write_text("background\nname\n")
+    for names in (["background", "name"], [str(file)]):
+        with pytest.raises(DataError, match="a class cannot be called name"):
+            formats.find(names=names)

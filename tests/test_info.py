@@ -111,6 +111,23 @@ def test_the_best_is_what_the_checkpoints_are_chosen_by(quick, run, capsys, chan
     assert "val_dice_pooled 0.2000, best 0.9000 in epoch 1" in capsys.readouterr().out
 
 
+def test_the_best_epoch_is_one_that_was_saved(quick, run, capsys):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[1]["saved"] = False
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    info.main(["--workdir", str(run)])
+    found = parts(capsys.readouterr().out)["epochs"]
+    assert found.endswith("best 0.5000 in epoch 3")
+
+
+def test_a_cross_validation_is_named(quick, tmp_path, capsys):
+    (tmp_path / "cross-validation.json").write_text("{}")
+    info.main(["--workdir", str(tmp_path)])
+    found = parts(capsys.readouterr().out)
+    assert "a cross-validation: name one of its folds" in found["workdir"]
+    assert not [label for label, text in found.items() if "error" in text]
+
+
 def test_an_exported_model_is_described(quick, capsys):
     info.main(["--workdir", str(EXPORTED)])
     found = parts(capsys.readouterr().out)

@@ -102,6 +102,13 @@ def test_what_is_black_beside_the_view_is_in_no_part(kind):
     assert largest_part(image, np.zeros((120, 150, 1), np.uint8)) == (10, 30, 110, 120)
 
 
+def test_alpha_is_no_light():
+    image = np.full((60, 80, 4), 255, np.uint8)
+    image[:, :30, :3] = 0
+    part = largest_part(image, np.zeros((60, 80, 1), np.uint8))
+    assert part == largest_part(image[..., :3], np.zeros((60, 80, 1), np.uint8)) == (0, 30, 60, 50)
+
+
 def test_a_picture_full_of_object_or_black_has_no_part():
     mask = np.ones((120, 150, 1), np.uint8)
     assert largest_part(GREY, mask) is None

@@ -189,6 +189,23 @@ def test_an_old_run_is_resumed_to_its_old_end(capsys):
     assert "all 3 epochs are done" in capsys.readouterr().out
 
 
+def test_an_old_run_that_needs_something_else_is_not_resumed(capsys):
+    file = Path(WORKDIR, "config.json")
+    content = runs.upgrade(json.loads(file.read_text()))
+    content["training"]["augment"]["random_other"] = {}
+    content["versions"]["flax-unet"] = "9.8.7"
+    file.write_text(json.dumps(content))
+    assert flax_unet_cli.train.main(FLAGS) == 1
+    words = "workdir cannot be resumed, .*random_other.*: resume it with flax-unet 9.8.7"
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_a_changed_flag_is_no_changed_recipe(capsys):
+    assert flax_unet_cli.train.main([*FLAGS, "--upright"]) == 1
+    error = capsys.readouterr().err
+    assert "other settings (upright: False -> True)" in error and "recipe" not in error
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
     [

@@ -158,6 +158,13 @@ def test_a_model_is_never_overwritten_and_never_has_infinite_weights(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("size", [33, (32, 33), 2**14, 0])
+def test_a_size_that_could_not_be_loaded_is_not_saved(tmp_path, size):
+    with pytest.raises(ValueError, match="it must be a multiple of .*, up to 8192"):
+        pack.save(tmp_path / "model", packed()._replace(image_size=size))
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_folder_without_a_readable_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="model.json is missing"):
         pack.load(tmp_path)

@@ -263,7 +263,39 @@ def test_checkpoints_may_be_fewer_than_epochs(folders, tmp_path, before_each_ste
     assert train.main(few) == 0
     assert saved() <= {12, 18, 24, 30} and max(saved()) == 30
     assert parameters(workdir) == parameters(straight)
-    assert lines(workdir) == lines(straight)
+    first, *others = lines(workdir)
+    assert [first, *others] == [lines(straight)[0] | {"saved": False}, *lines(straight)[1:]]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(
+    folders, tmp_path, monkeypatch, capsys
+):
+    workdir, copy = tmp_path / "run", tmp_path / "copy"
+    few = [*arguments(folders, workdir, epochs=4), "--save-every", "4"]
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", kill)
+        assert train.main(few) == 128 + signal.SIGINT
+    assert len(lines(workdir)) == 4 and not checkpoint.exists(workdir / "checkpoints")
+    assert train.main(few) == 0
+    assert [line["epoch"] for line in lines(workdir)] == [1, 2, 3, 4]
+    shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    assert train.main(arguments(folders, copy, epochs=4)) == 1
+    assert "metrics.jsonl has no checkpoint to resume from" in capsys.readouterr().err
+
+
+def test_the_best_epoch_is_one_that_was_saved():
+    def line(epoch, dice, **saved):
+        return {"epoch": epoch, "val_dice": dice, "loss": 1.0, "val_loss": 1.0, **saved}
+
+    ends = [0.0, 1.0, 2.0, 3.0]
+    history = [line(1, 0.5), line(2, 0.9, saved=False)]
+    assert "(best)" not in train.epoch_line(history, "dice", 3, ends)
+    assert "(best)" in train.epoch_line([*history, line(3, 0.6)], "dice", 3, ends)
+    assert "(best)" not in train.epoch_line([*history, line(3, 0.4)], "dice", 3, ends)
 
 
 def test_a_run_is_extended_with_more_epochs(folders, short, capsys):
@@ -870,6 +902,22 @@ def test_a_threshold_that_is_no_probability_is_refused(tmp_path, capsys):
     command = ["--workdir", str(tmp_path), "--out", str(tmp_path), "--threshold", "1.5"]
     assert predict.main([*command, str(tmp_path)]) == 1
     assert "threshold is 1.5: it must be in [0, 1)" in capsys.readouterr().err
+
+
+def test_a_size_that_the_network_does_not_take_is_not_exported(
+    folders, one_epoch, tmp_path, capsys
+):
+    flags = ["--workdir", str(one_epoch), "--out", str(tmp_path / "model"), "--image-size"]
+    for size, words in (("2", "leaves one pixel in the bottleneck"), ("16384", "up to 8192")):
+        assert export.main([*flags, size]) == 1
+        assert words in capsys.readouterr().err and not (tmp_path / "model").exists()
+
+
+def test_without_safetensors_nothing_is_exported(one_epoch, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    out = tmp_path / "model"
+    assert export.main(["--workdir", str(one_epoch), "--out", str(out), "--safetensors"]) == 1
+    assert "flax-unet[safetensors]" in capsys.readouterr().err and not out.exists()
 
 
 def test_an_exported_model_takes_the_place_of_its_run(undisturbed, folders, tmp_path, capsys):

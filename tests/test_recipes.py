@@ -145,7 +145,17 @@ def test_a_recipe_takes_what_another_one_describes(name, crop):
     assert recipes.as_described(other, description) == recipe
 
 
-@pytest.mark.parametrize("change", [{"optimizer": {"name": "SGD"}}, {"augment": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": {"name": "SGD"}},
+        {"optimizer": {"name": "AdamW", "other": 1}},
+        {"augment": None},
+        {"augment": {"random_other": {}}},
+        {"augment": {"random_blur": {"other": 1}}},
+        {"loss": "other"},
+    ],
+)
 def test_a_description_of_another_program_is_refused(change):
     description = recipes.describe(RECIPES["strong"]) | change
     with pytest.raises(ValueError, match="another version or program: "):
