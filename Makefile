@@ -23,7 +23,7 @@ demo-two-processes: .venv/installed
 	$(BIN)/python experiments/evaluate.py --workdir runs/demo-two-processes
 
 test: .venv/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --durations 15
 
 test-all: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile

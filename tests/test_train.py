@@ -341,8 +341,8 @@ def test_a_step_passes_its_number_to_every_batch_norm(encoder):
     step = train.make_train_step(model, tx, losses.bce)
     image = batch["image"] / np.float32(255)
     # With step None the momentum is 0.99, and 0.1 in the first of the steps.
-    options = {"train": True, "weight": batch["weight"], "mutable": ["batch_stats"]}
-    _, fixed = model.apply(state.variables, image, **options)
+    apply = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
+    _, fixed = apply(state.variables, image, weight=batch["weight"])
     before = state.model_state["batch_stats"]
     expected = jax.tree.map(lambda old, new: old + 90 * (new - old), before, fixed["batch_stats"])
     expected = jax.device_get(expected)
