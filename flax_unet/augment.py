@@ -329,14 +329,14 @@ def random_light(
         The image, float32 in [0, 1], and the mask.
     """
 
-    def per_image(key: jax.Array, image: jax.Array) -> jax.Array:
-        def field(i: int) -> jax.Array:
-            knots = jax.random.uniform(jax.random.fold_in(key, i), (4, 4, 1))
-            smooth = jax.image.resize(knots, (*image.shape[:2], 1), "cubic")
-            return jnp.clip(smooth, 0, 1) * _zero_or_uniform(jax.random.fold_in(key, i + 1))
+    def field(u: jax.Array, height: int, width: int) -> jax.Array:
+        smooth = jax.image.resize(u[1:].reshape(4, 4, 1), (height, width, 1), "cubic")
+        return jnp.clip(smooth, 0, 1) * jnp.maximum(2 * u[0] - 1, 0)
 
-        image = image * (1 - shade * field(0))
-        return image + haze * field(2) * (1 - image)
+    def per_image(key: jax.Array, image: jax.Array) -> jax.Array:
+        u = jax.random.uniform(key, (2, 17))  # at once: each call takes a second to compile
+        image = image * (1 - shade * field(u[0], *image.shape[:2]))
+        return image + haze * field(u[1], *image.shape[:2]) * (1 - image)
 
     return jax.vmap(per_image)(_keys(key, image), as_float(image)), mask
 
