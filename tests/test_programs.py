@@ -977,7 +977,7 @@ def test_an_exported_model_may_resize_pictures_to_another_size(undisturbed, tmp_
     assert runs.load_model(tmp_path / "b").config["trained_at"] == 32
     for wrong in ([33], [0]):
         assert export_as("c", wrong) == 1 and not (tmp_path / "c").exists()
-        assert f"--image-size {wrong[0]} is not a multiple of 2" in capsys.readouterr().err
+        assert f"image_size {wrong[0]} is not a multiple of 2" in capsys.readouterr().err
 
 
 # Studies
