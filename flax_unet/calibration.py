@@ -4,8 +4,9 @@
     calibrated = with_temperature(model, variables, temperature)
 
 The logits are divided by it, which moves no pixel of the network's output across a probability of
-0.5, and changes no class that is the most probable one. Probabilities that are resized afterwards
-may: some pixels of an outline. Guo et al.: "On Calibration of Modern Neural Networks", ICML 2017.
+0.5, and changes no class that is the most probable one. Where probabilities are resized afterwards,
+a few pixels of an outline may change. Guo et al.: "On Calibration of Modern Neural Networks", ICML
+2017.
 """
 
 import math

@@ -207,7 +207,7 @@ def score(
                 result=jax.device_get(result),
                 own_size=[each.scores for each in own_size],
                 thresholds=np.stack([each.thresholds for each in own_size]),
-                reliability=add([each.reliability for each in own_size]),
+                reliability=add_reliability([each.reliability for each in own_size]),
                 emptied=sum(map(_lost_a_class, true, masks)),
                 matrix=np.sum([each.matrix for each in own_size], 0),
                 seconds=seconds,
@@ -322,7 +322,7 @@ def _lost_a_class(mask: np.ndarray, resized: np.ndarray) -> bool:
     return any({*np.unique(a)} - {0, IGNORE, *np.unique(b)} for a, b in channels)
 
 
-def add(counts: Sequence[metrics.Reliability]) -> metrics.Reliability:
+def add_reliability(counts: Sequence[metrics.Reliability]) -> metrics.Reliability:
     """The reliability of all batches together."""
     return metrics.Reliability(*(np.sum(x, 0) for x in zip(*counts, strict=True)))
 
@@ -389,7 +389,7 @@ def report(
     values, counts = _summary([batch.result for batch in batches], len(rows))
     ratios = np.stack([metrics.dice(counts).mean(-1), metrics.iou(counts).mean(-1)], axis=-1)
     dice_interval, iou_interval = metrics.bootstrap_interval(ratios)
-    reliability = add([batch.reliability for batch in batches])
+    reliability = add_reliability([batch.reliability for batch in batches])
     one = len(batches[0].own_size[0]) == 1
     own_size = _by_polyp_size(rows) if one else _by_class(rows, names)
     if one:

@@ -94,8 +94,7 @@ def largest_part(image: np.ndarray, mask: np.ndarray) -> Box | None:
     """The largest upright rectangle of a picture without an object, in pixels.
 
     It has no pixel within `MARGIN` of the diagonal of an object, or of a pixel that does not count,
-    and no black cell. Cells are squares of max(H, W) / `CELLS`
-    pixels, rounded up.
+    and no black cell. Cells are squares of max(H, W) / `CELLS` pixels, rounded up.
 
     Args:
         image: uint8 [H, W, C], or float in [0, 1].

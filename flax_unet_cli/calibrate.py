@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from flax_unet import calibration, data, metrics, runs
-from flax_unet.evaluate import add, score
+from flax_unet.evaluate import add_reliability, score
 from flax_unet.pictures import DataError
 from flax_unet_cli import evaluate, program
 from flax_unet_cli.train import FEW
@@ -43,7 +43,8 @@ def calibrate(trained: runs.Trained) -> runs.Trained:
 
     def error_of(variables: Any) -> float:
         batches = score(model, variables, *pictures, loss_fn=trained.loss_fn)
-        return metrics.calibration_error(add([batch.reliability for batch in batches]))
+        counts = [batch.reliability for batch in batches]
+        return metrics.calibration_error(add_reliability(counts))
 
     with program.task("measuring the calibration error, before and after"):
         before, after = error_of(trained.variables), error_of(variables)

@@ -113,7 +113,7 @@ def at_size(trained: runs.Trained, size: int | tuple[int, int]) -> runs.Trained:
     if "calibration" in config:
         config["calibration"] = {"temperature": config["calibration"]["temperature"]}
         print(
-            "note: the temperature was fitted at another size, and its error is not known at this"
+            "note: the temperature was fitted at another size; its error at this one is not known"
         )
     return trained._replace(settings=settings, config=config)
 
