@@ -1,3 +1,4 @@
+import io
 from functools import partial
 
 import jax
@@ -5,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
-from scipy import ndimage
+from scipy import fft, ndimage
 from scipy.spatial.transform import Rotation
 
 from flax_unet import augment
@@ -390,11 +391,70 @@ def test_about_half_of_the_images_are_blurred_noisy_or_cut_and_no_mask_is():
     image, mask = (x.repeat(64, 0) for x in images(1, (16, 16)))
     original = np.asarray(as_float(image[0]))
     changes = augment.random_blur, augment.random_noise, augment.random_cutout
-    for change in (*changes, partial(augment.random_light, haze=0.0)):
+    for change in (*changes, partial(augment.random_light, haze=0.0), augment.random_jpeg):
         changed, same = change(jax.random.key(0), image, mask)
         assert same is mask
         n_unchanged = (np.asarray(changed) == original).all((1, 2, 3)).sum()
         assert 16 < n_unchanged < 48, change  # four standard deviations
+
+
+@pytest.mark.parametrize("block", [2, 4, 8])
+@pytest.mark.parametrize("quality", [5, 20, 50])
+def test_grey_is_coded_as_pillow_codes_it_enlarged(quality, block):
+    image = np.uint8(np.round(255 * smooth((48, 72))))[..., 0]
+    times = 8 // block
+    large = Image.fromarray(image.repeat(times, 0).repeat(times, 1))
+    large.save(stream := io.BytesIO(), "JPEG", quality=quality)
+    coded = np.asarray(Image.open(stream), float).reshape(48, times, 72, times).mean((1, 3))
+    grey = jnp.asarray(image[..., None] / 255, jnp.float32)
+    ours = 255 * np.asarray(augment.jpeg(grey, 50 / quality, block=block))[..., 0]
+    # Pillow rounds pixels, and a coefficient just beside the middle of two steps either way.
+    assert abs(ours - coded).mean() < 0.5 and abs(coded - image).mean() > 0.5
+
+
+def test_colours_are_coded_as_the_standard_defines():
+    image, quality = smooth((40, 56)), 10
+    # JFIF, version 1.02
+    to_ycc = np.array([[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]])
+    to_rgb = np.array([[1, 0, 1.402], [1, -0.34414, -0.71414], [1, 1.772, 0]])
+    padded = np.pad(255.0 * image @ to_ycc.T, ((0, 8), (0, 8), (0, 0)), mode="edge")
+    luma = as_coded(padded[..., 0] - 128, augment._LUMINANCE, quality) + 128
+    halves = padded.reshape(24, 2, 32, 2, 3).mean((1, 3))
+    blue, red = (as_coded(halves[..., c], augment._CHROMINANCE, quality) for c in (1, 2))
+    planes = [luma, *(plane.repeat(2, 0).repeat(2, 1) for plane in (blue, red))]
+    expected = (np.stack(planes, -1) @ to_rgb.T).clip(0, 255)[:40, :56]
+    ours = 255 * np.asarray(augment.jpeg(jnp.asarray(image), 50 / quality))
+    np.testing.assert_allclose(ours, expected, atol=0.1)
+    assert abs(expected - 255 * image).mean() > 4
+
+
+def as_coded(plane, table, quality):
+    """A plane after JPEG, with SciPy's transform."""
+    steps = np.clip(np.round(np.array(table.split(), float) * 50 / quality), 1, 255).reshape(8, 8)
+    out = np.empty_like(plane)
+    for y, x in np.ndindex(plane.shape[0] // 8, plane.shape[1] // 8):
+        block = np.s_[8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
+        coefficients = np.round(fft.dctn(plane[block], norm="ortho") / steps) * steps
+        out[block] = fft.idctn(coefficients, norm="ortho")
+    return out
+
+
+def test_the_tables_of_jpeg_are_those_of_pillow():
+    Image.new("RGB", (8, 8)).save(stream := io.BytesIO(), "JPEG", quality=50)
+    tables = Image.open(stream).quantization
+    for i, table in enumerate((augment._LUMINANCE, augment._CHROMINANCE)):
+        assert [int(n) for n in table.split()] == list(tables[i])
+
+
+def test_blocks_of_random_jpeg_start_anywhere_and_are_as_large_as_stated():
+    image = np.tile(0.2 * smooth((64, 64))[..., :1], (32, 1, 1, 1))
+    for share, side in ((8 / 64, 8), (4 / 64, 4), (0.0, 2)):
+        # So coarse that a block has one value.
+        coded, _ = augment.random_jpeg(jax.random.key(0), image, None, quality=0.01, share=share)
+        edges = [abs(np.diff(x, axis=0)).max(1) > 1e-3 for x in np.asarray(coded)[..., 0]]
+        starts = [set((np.flatnonzero(edge) + 1) % side) for edge in edges if not edge.all()]
+        assert all(len(places) == 1 for places in starts)
+        assert len(set.union(*starts)) > side / 2
 
 
 def test_noise_has_the_stated_deviation_and_independent_channels():
