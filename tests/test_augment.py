@@ -1,4 +1,3 @@
-import io
 from functools import partial
 
 import jax
@@ -6,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
-from scipy import fft, ndimage
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from flax_unet import augment
+from flax_unet.jpeg import LUMA
 from flax_unet.pictures import as_float
 
 
@@ -270,7 +270,7 @@ def test_without_tint_and_gamma_colours_are_those_of_before():
     changed, _ = augment.random_colour(jax.random.key(3), image, mask, hue=0.0, saturation=0.0)
     u = np.asarray(jax.random.uniform(jax.random.fold_in(jax.random.key(3), 0), (4,), minval=-1.0))
     bright = np.asarray(as_float(image[0])) * (1 + 0.2 * u[0])
-    mean = (bright.mean((0, 1)) * augment.LUMA).sum()
+    mean = (bright.mean((0, 1)) * LUMA).sum()
     expected = np.clip(mean + (1 + 0.2 * u[1]) * (bright - mean), 0, 1)
     np.testing.assert_allclose(changed[0], expected, atol=1e-5)
 
@@ -396,54 +396,6 @@ def test_about_half_of_the_images_are_blurred_noisy_or_cut_and_no_mask_is():
         assert same is mask
         n_unchanged = (np.asarray(changed) == original).all((1, 2, 3)).sum()
         assert 16 < n_unchanged < 48, change  # four standard deviations
-
-
-@pytest.mark.parametrize("block", [2, 4, 8])
-@pytest.mark.parametrize("quality", [5, 20, 50])
-def test_grey_is_coded_as_pillow_codes_it_enlarged(quality, block):
-    image = np.uint8(np.round(255 * smooth((48, 72))))[..., 0]
-    times = 8 // block
-    large = Image.fromarray(image.repeat(times, 0).repeat(times, 1))
-    large.save(stream := io.BytesIO(), "JPEG", quality=quality)
-    coded = np.asarray(Image.open(stream), float).reshape(48, times, 72, times).mean((1, 3))
-    grey = jnp.asarray(image[..., None] / 255, jnp.float32)
-    ours = 255 * np.asarray(augment.jpeg(grey, 50 / quality, block=block))[..., 0]
-    # Pillow rounds pixels, and a coefficient just beside the middle of two steps either way.
-    assert abs(ours - coded).mean() < 0.5 and abs(coded - image).mean() > 0.5
-
-
-def test_colours_are_coded_as_the_standard_defines():
-    image, quality = smooth((40, 56)), 10
-    # JFIF, version 1.02
-    to_ycc = np.array([[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]])
-    to_rgb = np.array([[1, 0, 1.402], [1, -0.34414, -0.71414], [1, 1.772, 0]])
-    padded = np.pad(255.0 * image @ to_ycc.T, ((0, 8), (0, 8), (0, 0)), mode="edge")
-    luma = as_coded(padded[..., 0] - 128, augment._LUMINANCE, quality) + 128
-    halves = padded.reshape(24, 2, 32, 2, 3).mean((1, 3))
-    blue, red = (as_coded(halves[..., c], augment._CHROMINANCE, quality) for c in (1, 2))
-    planes = [luma, *(plane.repeat(2, 0).repeat(2, 1) for plane in (blue, red))]
-    expected = (np.stack(planes, -1) @ to_rgb.T).clip(0, 255)[:40, :56]
-    ours = 255 * np.asarray(augment.jpeg(jnp.asarray(image), 50 / quality))
-    np.testing.assert_allclose(ours, expected, atol=0.1)
-    assert abs(expected - 255 * image).mean() > 4
-
-
-def as_coded(plane, table, quality):
-    """A plane after JPEG, with SciPy's transform."""
-    steps = np.clip(np.round(np.array(table.split(), float) * 50 / quality), 1, 255).reshape(8, 8)
-    out = np.empty_like(plane)
-    for y, x in np.ndindex(plane.shape[0] // 8, plane.shape[1] // 8):
-        block = np.s_[8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
-        coefficients = np.round(fft.dctn(plane[block], norm="ortho") / steps) * steps
-        out[block] = fft.idctn(coefficients, norm="ortho")
-    return out
-
-
-def test_the_tables_of_jpeg_are_those_of_pillow():
-    Image.new("RGB", (8, 8)).save(stream := io.BytesIO(), "JPEG", quality=50)
-    tables = Image.open(stream).quantization
-    for i, table in enumerate((augment._LUMINANCE, augment._CHROMINANCE)):
-        assert [int(n) for n in table.split()] == list(tables[i])
 
 
 def test_blocks_of_random_jpeg_start_anywhere_and_are_as_large_as_stated():
