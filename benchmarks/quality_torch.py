@@ -7,6 +7,7 @@ epochs and schedule those of "examples/cars segmentation (camvid).ipynb", whose 
 """
 
 import os
+import random
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -48,7 +49,9 @@ def seed_worker(_: int) -> None:
     """Give each process its own random numbers in each epoch: albumentations copies its state."""
     info = get_worker_info()
     assert info is not None
-    info.dataset.change.set_random_seed(info.seed % 2**32)  # type: ignore[attr-defined]
+    # `set_random_seed` would seed each transform alike: those that draw equally often would agree.
+    generators = np.random.default_rng(info.seed), random.Random(info.seed)
+    info.dataset.change.set_random_state(*generators)  # type: ignore[attr-defined]
 
 
 def load_imagenet(encoder: torch.nn.Module) -> None:

@@ -5,7 +5,7 @@ segmentation_models.pytorch, from scratch and from the ImageNet weights of our r
 Each trains in a separate process, one after the other, on the same pixels, until the Dice of the
 100 validation pictures, smoothed, is 0.80, or its time or its schedule ends. Prints the tables of
 docs/benchmarks.md, and writes FOLDER/summary.json and the epochs of each to FOLDER/NAME.jsonl. What
-FOLDER has already is not trained again.
+FOLDER has already is not trained again, and is in the tables.
 """
 
 import argparse
@@ -58,6 +58,8 @@ def train(name: str, pictures: Path, file: Path, minutes: float) -> None:
     """Train a contender, and write what it prints to a file while it does."""
     script, *arguments = CONTENDERS[name]
     command = [sys.executable, str(HERE / script), str(pictures), str(minutes), *arguments]
+    environment = {**os.environ}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # each compiles all that it runs
     with file.open("w") as output:
 
         def write(content: dict[str, Any]) -> None:
@@ -66,7 +68,9 @@ def train(name: str, pictures: Path, file: Path, minutes: float) -> None:
 
         machine = {"about": about(), "processor": processor(), "load": os.getloadavg()}
         write({"started": time.time(), "minutes": minutes, **machine})
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=environment
+        ) as process:
             for line in process.stdout or ():
                 if line.startswith("{"):  # skip messages of libraries
                     write(json.loads(line))
@@ -145,11 +149,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    files = {name: options.out / f"{name}.jsonl" for name in CONTENDERS if name in options.only}
+    files = {name: options.out / f"{name}.jsonl" for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder) / "pictures.npz"
         for name, file in files.items():
-            if read(file, options.minutes):
+            if name not in options.only or read(file, options.minutes):
                 continue
             if not pictures.exists():
                 write_pictures(pictures)
@@ -162,7 +166,14 @@ def main() -> None:
     print("\nthe same in CPU seconds:\n\n" + table(summaries, "train_cpu_seconds"))
     print("\nthe same in epochs:\n\n" + table(summaries, "epoch"))
     print("\nother seconds:\n\n" + other(summaries))
-    if missing := ended.keys() - summaries.keys():
+    conditions = {
+        name: (each["about"][0].split(", ", 1)[1], each["about"][1])
+        for name, each in summaries.items()
+    }
+    if len(set(conditions.values())) > 1:
+        print("\nmeasured under different conditions:")
+        print(*(f"{name}: {', '.join(each)}" for name, each in conditions.items()), sep="\n")
+    if missing := {*options.only} - summaries.keys():
         sys.exit(f"these failed, and are missing above: {', '.join(sorted(missing))}")
 
 

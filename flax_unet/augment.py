@@ -414,7 +414,7 @@ def random_noise(
 
 
 def random_jpeg(
-    key: jax.Array, image: jax.Array, mask: jax.Array, *, quality: int = 20, share: float = 0.0125
+    key: jax.Array, image: jax.Array, mask: jax.Array, *, quality: float = 20, share: float = 0.0125
 ) -> tuple[jax.Array, jax.Array]:
     """Code each image as JPEG with probability 1/2, in blocks that start anywhere.
 
@@ -428,15 +428,24 @@ def random_jpeg(
 
     Returns:
         The image, float32 in [0, 1], and the mask.
+
+    Raises:
+        ValueError: the quality is not above 0 and up to 50.
     """
+    if not 0 < quality <= 50:
+        raise ValueError(f"quality is {quality}: give a number above 0, and up to 50")
     block = min((2, 4, 8), key=lambda side: abs(side - share * image.shape[1]))
+    side = 2 * block  # of a block of colours
 
     def per_image(key: jax.Array, image: jax.Array) -> jax.Array:
         u = jax.random.uniform(key, (3,))
         factor = 50 / quality * jnp.maximum(2 * u[0] - 1, 0)
-        start = (u[1:] * 2 * block).astype(jnp.int32)
-        coded = jpeg.code(jnp.roll(image, start, (0, 1)), factor, block=block)
-        return jnp.where(factor > 0, jnp.roll(coded, -start, (0, 1)), image)
+        start, (height, width, channels) = (u[1:] * side).astype(jnp.int32), image.shape
+        padded = jnp.pad(image, ((side, side), (side, side), (0, 0)), mode="edge")
+        larger = height + side, width + side, channels
+        coded = jpeg.code(jax.lax.dynamic_slice(padded, (*start, 0), larger), factor, block=block)
+        coded = jax.lax.dynamic_slice(coded, (*(side - start), 0), image.shape)
+        return jnp.where(factor > 0, coded, image)
 
     return jax.vmap(per_image)(_keys(key, image), as_float(image)), mask
 

@@ -105,13 +105,19 @@ def split(
         `train` and `validation` of this fold; other splits as they are.
 
     Raises:
-        DataError: as `folds_of`.
+        DataError: as `folds_of`, or a group is in the folds and in another split.
         ValueError: k is less than 2, or i is no fold.
     """
     if not 0 <= i < k:
         raise ValueError(f"fold {i} of {k}: folds are numbered from 0 to {k - 1}")
     pictures = together(sources)
     fold = folds_of([picture["name"] for picture in pictures], k, group)
+    if group is not None:
+        groups = {group_of(picture["name"], group) for picture in pictures}
+        for name in sources.keys() - {*SPLITS}:
+            others = {group_of(picture["name"], group) for picture in sources[name]}
+            if both := sorted(groups & others):
+                raise DataError(f"group {both[0]!r} is in the folds and in the split {name!r}")
     validation = [of == i for of in fold]
     chosen = {"train": [not x for x in validation], "validation": validation}
     return {**sources, **{name: pictures.where(each) for name, each in chosen.items()}}

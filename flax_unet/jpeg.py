@@ -76,7 +76,7 @@ def _code_channels(x: jax.Array, table: str, factor: ArrayLike, side: int) -> ja
     analysis = jnp.asarray(cosines @ (resample / resample.sum(1, keepdims=True)), jnp.float32)
     synthesis = jnp.asarray(cosines @ (resample / resample.sum(0)), jnp.float32)
     steps = jnp.array([[int(n) for n in row.split()] for row in table.split("\n") if row])
-    steps = jnp.clip(jnp.round(steps * factor), 1, 255)[None, :, None, :, None]
+    steps = jnp.clip(jnp.floor(steps * factor + 0.5), 1, 255)[None, :, None, :, None]
     height, width, channels = x.shape
     blocks = x.reshape(height // side, side, width // side, side, channels)
     change = partial(jnp.einsum, precision="highest")  # accelerators would round the operands

@@ -6,7 +6,8 @@ them, also on several machines; run this program again to resume, or to make the
 state of each run is scored, not the best one, which was chosen on the very fold.
 
 The table is printed, and written as cross-validation.md and .json. The test pictures are not looked
-at: WORKDIR is then a model, the ensemble of the folds, which evaluate and predict take.
+at: WORKDIR is then a model, the ensemble of the folds, which evaluate and predict take. It has the
+best state of each, or with --checkpoint latest that of the table.
 
 example:
   flax-unet cross-validate --workdir runs/folds --folds 5 --recipe strong --image-size 96
@@ -44,6 +45,9 @@ def run(options: Options) -> int:
     workdir = options.places.workdir
     if (workdir / "config.json").exists() or (workdir / "model.json").exists():
         raise ValueError(f"{workdir} holds a run or a model: choose another --workdir")
+    init = options.settings.init
+    if init is not None:
+        train.warn(f"if {init} was trained on these pictures, the scores of the folds are too high")
     folds = [workdir / f"fold-{i}" for i in range(options.folds)]
     for i, fold in enumerate(folds):
         print(f"fold {i} of {len(folds)}: {fold}")
@@ -53,9 +57,15 @@ def run(options: Options) -> int:
             return code
     if options.dry_run:
         return 0
+    epochs = {runs.recorded_config(fold)["settings"]["epochs"] for fold in folds}
+    if len(epochs) > 1:
+        raise ValueError(
+            f"the folds in {workdir} were trained for {min(epochs)} to {max(epochs)} epochs: give "
+            f"--epochs {max(epochs)}"
+        )
     for fold in folds:
         evaluate.run(evaluate.Options(fold, split="validation", devices=options.devices))
-    content = summarise(folds)
+    content = {"init": init and str(init), **summarise(folds)}
     text = table(content)
     runs.write_atomically(workdir / "cross-validation.md", text)
     runs.write_atomically(workdir / runs.CROSS_VALIDATION, json.dumps(content, indent=2) + "\n")
@@ -126,7 +136,8 @@ def table(content: dict[str, Any]) -> str:
     pairs = ((all_images[name]["mean"], *all_images[name]["interval"]) for name in SCORES)
     cells = " | ".join(f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, low, high in pairs)
     n = all_images["n_images"]
-    lines.append(f"| all images, each by the run that did not see it | {n} | {cells} |")
+    seen = f" (what {content['init']} saw is not known)" if content["init"] else ""
+    lines.append(f"| all images, each by the run that did not see it{seen} | {n} | {cells} |")
     return "\n".join(lines) + "\n"
 
 

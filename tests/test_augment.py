@@ -409,6 +409,18 @@ def test_blocks_of_random_jpeg_start_anywhere_and_are_as_large_as_stated():
         assert len(set.union(*starts)) > side / 2
 
 
+def test_the_borders_of_random_jpeg_do_not_mix():
+    image = jnp.zeros((32, 32, 32, 1)).at[:, 16:].set(1.0)
+    coded, _ = augment.random_jpeg(jax.random.key(0), image, None, quality=1, share=8 / 32)
+    assert abs(coded - image)[:, jnp.array([0, 31])].max() < 0.2
+
+
+@pytest.mark.parametrize("quality", [-1, 0, 51])
+def test_a_quality_that_does_not_exist_is_refused(quality):
+    with pytest.raises(ValueError, match="up to 50"):
+        augment.random_jpeg(jax.random.key(0), *images(1), quality=quality)
+
+
 def test_noise_has_the_stated_deviation_and_independent_channels():
     image = jnp.full((200, 32, 32, 3), 0.5)
     noisy, _ = augment.random_noise(jax.random.key(0), image, None, deviation=0.04)

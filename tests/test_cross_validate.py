@@ -198,6 +198,31 @@ def test_other_folds_in_the_same_workdir_are_refused(root, workdir, capsys, chan
     assert before == ((workdir / "cross-validation.json").read_bytes(), states(workdir))
 
 
+def test_folds_of_different_length_make_no_table(root, workdir, tmp_path, monkeypatch, capsys):
+    copied = tmp_path / "folds"
+    shutil.copytree(workdir, copied)
+    config = json.loads((copied / "fold-1" / "config.json").read_text())
+    config["settings"]["epochs"] = 3
+    (copied / "fold-1" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(train, "complete", lambda options: 0)
+    assert cross(root, copied) == 1
+    assert "were trained for 2 to 3 epochs: give --epochs 3" in capsys.readouterr().err
+
+
+def test_a_table_says_if_the_folds_began_with_another_model(
+    root, workdir, tmp_path, monkeypatch, capsys
+):
+    copied = tmp_path / "folds"
+    shutil.copytree(workdir, copied)
+    monkeypatch.setattr(train, "complete", lambda options: 0)
+    assert cross(root, copied, "--init", "runs/other") == 0
+    assert "if runs/other was trained on these pictures" in capsys.readouterr().err
+    text = (copied / "cross-validation.md").read_text()
+    assert "by the run that did not see it (what runs/other saw is not known) |" in text
+    assert json.loads((copied / "cross-validation.json").read_text())["init"] == "runs/other"
+    assert json.loads((workdir / "cross-validation.json").read_text())["init"] is None
+
+
 def test_other_pictures_are_refused(root, workdir, tmp_path, capsys):
     for part in ("images", "masks"):
         shutil.copytree(root / part, tmp_path / part)

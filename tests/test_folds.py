@@ -99,3 +99,10 @@ def test_runs_are_validated_on_a_fold_and_trained_on_the_others():
         assert [*again] == [*parts["train"]] and again[-1]["name"] == names["train"][-1]
     assert sorted(validated) == [*"abcdefghi"]
     assert {*folds.split({"train": source("ab")}, 0, 2)} == {"train", "validation"}
+
+
+def test_a_group_of_the_folds_is_not_in_the_test_split():
+    sources = {"train": source(["a1", "a2", "b1"]), "test": source(["c1", "b2"])}
+    with pytest.raises(DataError, match="group 'b' is in the folds and in the split 'test'"):
+        folds.split(sources, 0, 2, group="[a-z]")
+    assert len(folds.split(sources, 0, 2)["test"]) == 2
