@@ -212,14 +212,14 @@ def test_folds_of_different_length_make_no_table(root, workdir, tmp_path, monkey
 def test_a_table_says_if_the_folds_began_with_another_model(
     root, workdir, tmp_path, monkeypatch, capsys
 ):
-    copied = tmp_path / "folds"
+    copied, other = tmp_path / "folds", str(tmp_path / "other")
     shutil.copytree(workdir, copied)
     monkeypatch.setattr(train, "complete", lambda options: 0)
-    assert cross(root, copied, "--init", "runs/other") == 0
-    assert "if runs/other was trained on these pictures" in capsys.readouterr().err
+    assert cross(root, copied, "--init", other) == 0
+    assert f"if {other} was trained on these pictures" in capsys.readouterr().err
     text = (copied / "cross-validation.md").read_text()
-    assert "by the run that did not see it (what runs/other saw is not known) |" in text
-    assert json.loads((copied / "cross-validation.json").read_text())["init"] == "runs/other"
+    assert f"by the run that did not see it (what {other} saw is not known) |" in text
+    assert json.loads((copied / "cross-validation.json").read_text())["init"] == other
     assert json.loads((workdir / "cross-validation.json").read_text())["init"] is None
 
 
