@@ -58,8 +58,6 @@ def train(name: str, pictures: Path, file: Path, minutes: float) -> None:
     """Train a contender, and write what it prints to a file while it does."""
     script, *arguments = CONTENDERS[name]
     command = [sys.executable, str(HERE / script), str(pictures), str(minutes), *arguments]
-    environment = {**os.environ}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # each compiles all that it runs
     with file.open("w") as output:
 
         def write(content: dict[str, Any]) -> None:
@@ -68,9 +66,7 @@ def train(name: str, pictures: Path, file: Path, minutes: float) -> None:
 
         machine = {"about": about(), "processor": processor(), "load": os.getloadavg()}
         write({"started": time.time(), "minutes": minutes, **machine})
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=environment
-        ) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout or ():
                 if line.startswith("{"):  # skip messages of libraries
                     write(json.loads(line))
@@ -149,6 +145,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # each compiles all that it runs
     files = {name: options.out / f"{name}.jsonl" for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder) / "pictures.npz"

@@ -17,7 +17,7 @@ From pictures to batches
     data          data sets in memory, batches, streams
     crops         crops of pictures at their own resolution
     augment       random changes of images and masks, on the device
-    jpeg          what JPEG makes of an image, for augmentation
+    jpeg          JPEG compression of images, for augmentation
 
 Losses and metrics
     classes       what logits predict and masks say: one class, exclusive, overlapping

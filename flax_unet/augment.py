@@ -416,7 +416,7 @@ def random_noise(
 def random_jpeg(
     key: jax.Array, image: jax.Array, mask: jax.Array, *, quality: float = 20, share: float = 0.0125
 ) -> tuple[jax.Array, jax.Array]:
-    """Code each image as JPEG with probability 1/2, in blocks that start anywhere.
+    """Compress each image as JPEG with probability 1/2; the grid of blocks starts anywhere.
 
     Args:
         key: a PRNG key.
@@ -434,7 +434,7 @@ def random_jpeg(
     """
     if not 0 < quality <= 50:
         raise ValueError(f"quality is {quality}: give a number above 0, and up to 50")
-    block = min((2, 4, 8), key=lambda side: abs(side - share * image.shape[1]))
+    block = min((2, 4, 8), key=lambda pixels: abs(pixels - share * image.shape[1]))
     side = 2 * block  # of a block of colours
 
     def per_image(key: jax.Array, image: jax.Array) -> jax.Array:

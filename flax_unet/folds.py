@@ -117,7 +117,10 @@ def split(
         for name in sources.keys() - {*SPLITS}:
             others = {group_of(picture["name"], group) for picture in sources[name]}
             if both := sorted(groups & others):
-                raise DataError(f"group {both[0]!r} is in the folds and in the split {name!r}")
+                raise DataError(
+                    f"group {both[0]!r} is in the folds and in the split {name!r}: put all its "
+                    "pictures into one of them"
+                )
     validation = [of == i for of in fold]
     chosen = {"train": [not x for x in validation], "validation": validation}
     return {**sources, **{name: pictures.where(each) for name, each in chosen.items()}}

@@ -1,4 +1,4 @@
-"""What JPEG makes of an image, computed on the device: for augmentation.
+"""JPEG compression of images on the device, for augmentation.
 
 After ITU-T Recommendation T.81 (1992) and JFIF 1.02, without its lossless part: colours at half the
 size, blocks of 8x8 pixels as sums of cosines, and their coefficients in steps.
@@ -70,12 +70,12 @@ def _code_channels(x: jax.Array, table: str, factor: ArrayLike, side: int) -> ja
     """Round the coefficients of [H, W, C], in blocks of `side` pixels resampled to 8x8."""
     k = np.arange(8)[:, None]
     cosines = np.where(k, 2, 1) ** 0.5 / 8**0.5 * np.cos(np.pi * k * (2 * k.T + 1) / 16)
-    # Nearest pixels to enlarge a block, means to shrink it.
+    # A smaller block is enlarged by repeating its pixels, a larger one shrunk by averaging them.
     resample = np.repeat(np.eye(8), max(1, side // 8), axis=1)
     resample = resample.reshape(8, side, -1).sum(-1)
     analysis = jnp.asarray(cosines @ (resample / resample.sum(1, keepdims=True)), jnp.float32)
     synthesis = jnp.asarray(cosines @ (resample / resample.sum(0)), jnp.float32)
-    steps = jnp.array([[int(n) for n in row.split()] for row in table.split("\n") if row])
+    steps = np.array(table.split(), int).reshape(8, 8)
     steps = jnp.clip(jnp.floor(steps * factor + 0.5), 1, 255)[None, :, None, :, None]
     height, width, channels = x.shape
     blocks = x.reshape(height // side, side, width // side, side, channels)
