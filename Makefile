@@ -46,7 +46,7 @@ notebook: .venv/installed-dev
 test-versions:
 	tests/versions.sh
 
-# 1.5 million damaged files and odd arrays, in 20 minutes; the tests try a few of each kind.
+# 1.5 million damaged files and odd arrays, in 46 minutes; the tests try a few of each kind.
 faults: .venv/installed-dev
 	$(BIN)/python -m tests.faults
 

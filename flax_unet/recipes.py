@@ -152,7 +152,7 @@ RECIPES = {
     "strong": Recipe(
         about="residual blocks, batch norm, 2x2 patches, BCE + Dice, AdamW, averaged parameters. "
         "6 minutes for 300 epochs at 352x352 on an H200; Dice 0.912, with flips 0.915 (protocol "
-        "effisegnet). On 2 CPU cores an epoch takes 32 s at 128x128, 57 s at 192x192.",
+        "effisegnet). On 2 CPU cores an epoch takes 46 s at 128x128.",
         model=_STRONG,
         loss="bce_soft_dice",
         augment=_STRONG_AUGMENT,
