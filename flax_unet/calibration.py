@@ -40,7 +40,9 @@ def logits_of(
     mask_format: MaskFormat,
     image_format: ImageFormat,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Logits and truth of each picture's pixels, or of as many at random as `MOST` allows.
+    """Logits and truth of each picture's pixels; if they are more than `MOST`, of some at random.
+
+    The fraction is the same for all pictures, so that large ones weigh no less than otherwise.
 
     Args:
         model: the network, or `predict.Mirrored` or `predict.Tiled`.
@@ -58,20 +60,26 @@ def logits_of(
     """
     read = {"mask_format": mask_format, "image_format": image_format}
     shape = (size, size) if isinstance(size, int) else size
-    forward, rng, logits, truth = predict.logits_function(model), np.random.default_rng(0), [], []
+    forward, rng, pairs = predict.logits_function(model), np.random.default_rng(0), []
+    fraction = 1.0
+
+    def some(pair: tuple[np.ndarray, ...], fraction: float) -> tuple[np.ndarray, ...]:
+        n = len(pair[0])
+        chosen = rng.choice(n, round(fraction * n), replace=False)
+        return tuple(x[chosen] for x in pair)
+
     for i in range(len(source)):
         if shape is None:
             image, mask = data.decode_pair(source[i], **read)
         else:
             image, mask, *_ = data.decode_resized(source, i, shape, **read)
         maps = np.asarray(forward(variables, image[None]))[0], mask
-        found, true = (x.reshape(-1, x.shape[-1]) for x in maps)
-        if len(found) > (most := MOST // (found.shape[-1] * len(source))):
-            chosen = rng.choice(len(found), most, replace=False)
-            found, true = found[chosen], true[chosen]
-        logits.append(found)
-        truth.append(true)
-    return logits, truth
+        pair = tuple(x.reshape(-1, x.shape[-1]) for x in maps)
+        pairs.append(pair if fraction == 1 else some(pair, fraction))
+        while sum(logits.size for logits, _ in pairs) > MOST:
+            fraction /= 2
+            pairs = [some(pair, 0.5) for pair in pairs]
+    return [logits for logits, _ in pairs], [truth for _, truth in pairs]
 
 
 def fit_temperature(
@@ -101,15 +109,16 @@ def fit_temperature(
         T > 0: above 1 if the logits are too large, below 1 if they are too small.
 
     Raises:
-        ValueError: the shapes do not fit together, no pixel counts, the masks hold 0 and 255 for 0
-            and 1, logits are not finite, or the best temperature is not inside of `RANGE`: all
+        ValueError: the shapes do not fit together, no pixel counts, the masks hold nothing but 0
+            and 255, logits are not finite, or the best temperature is not inside of `RANGE`: all
             pixels are predicted right, or no better than at random.
     """
     parts = [_wrong(*each, overlapping) for each in zip(logits, mask, strict=True)]
     if {int(x) for each in mask for x in np.unique(each)} == {0, IGNORE}:
         raise ValueError(
             f"the masks have no values but 0 and {IGNORE}, and {IGNORE} means that a pixel does "
-            f"not count: use 0 and 1, as in (mask == {IGNORE}).astype(np.uint8)"
+            f"not count: no pixel shows an object, which a temperature needs; if {IGNORE} is an "
+            f"object, use 0 and 1, as in (mask == {IGNORE}).astype(np.uint8)"
         )
     pixels = sum(map(len, parts))
     if not pixels:

@@ -377,6 +377,12 @@ def _vanishes(folder: Path) -> bool:
     return False
 
 
+def latest_step(folder: str | os.PathLike) -> int | None:
+    """The number of the latest checkpoint of a folder, or None."""
+    with open_checkpoints(folder, read_only=True) as checkpoints:
+        return next(iter(_ranked(checkpoints, "latest")), None)
+
+
 def read_progress(folder: str | os.PathLike) -> dict[str, Any]:
     """The progress in the latest checkpoint of a folder.
 

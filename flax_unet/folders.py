@@ -351,7 +351,8 @@ def group_of(name: str, group: str | None) -> str:
     """The text by which a picture is grouped, see `FolderSource`; without `group` its name.
 
     Raises:
-        DataError: `group` is no regular expression, or finds nothing in the name.
+        DataError: `group` is no regular expression, or it or its first parentheses find nothing in
+            the name.
     """
     if group is None:
         return name
@@ -361,7 +362,13 @@ def group_of(name: str, group: str | None) -> str:
         raise DataError(f"--group {group} is no regular expression: {error}") from error
     if match is None:
         raise DataError(f"--group {group} finds nothing in {name!r}: it must fit every name")
-    return match[1] if match.groups() else match[0]
+    found = match[1] if match.groups() else match[0]
+    if found is None:
+        raise DataError(
+            f"--group {group}: its first parentheses enclose nothing in {name!r}: write "
+            "alternatives inside of them, as in (a|b)"
+        )
+    return found
 
 
 def _by_fraction(digest: bytes) -> str:

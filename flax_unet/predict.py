@@ -118,7 +118,7 @@ class Ensemble:
 
         Args:
             variables: those of each member.
-            image: in [0, 1].
+            image: uint8, or float in [0, 1].
 
         Raises:
             ValueError: there are more variables than members, or fewer.
@@ -130,9 +130,17 @@ class Ensemble:
                 f"for each: it has {number} such"
             )
         members = zip(self.models, variables, strict=True)
+        # One on the host takes uint8; if there is one, nothing has converted the image for others.
         logits = jnp.stack(
             [
-                jnp.asarray(model.apply(each, image, **accepted(model, train=False)), jnp.float32)
+                jnp.asarray(
+                    model.apply(
+                        each,
+                        image if is_on_host(model) else pictures.as_float(image),
+                        **accepted(model, train=False),
+                    ),
+                    jnp.float32,
+                )
                 for model, each in members
             ]
         )

@@ -763,13 +763,26 @@ def folds_in(folder: Path) -> list[Path]:
     """The workdirs of the folds of a finished cross-validation.
 
     Raises:
-        ValueError: its cross-validation.json is damaged.
+        ValueError: its cross-validation.json is damaged, or a fold was trained further since.
     """
     file = folder / CROSS_VALIDATION
     try:
-        return [folder / fold["workdir"] for fold in json.loads(file.read_text())["folds"]]
+        folds = json.loads(file.read_text())["folds"]
+        steps = {folder / fold["workdir"]: fold["step"] for fold in folds}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: run the cross-validation again") from error
+    if not steps:
+        raise ValueError(f"{file} is damaged: it has no folds: run the cross-validation again")
+    for fold, step in steps.items():
+        # A missing checkpoint has an error of its own when the fold is read.
+        if checkpoint.exists(fold / "checkpoints"):
+            latest = checkpoint.latest_step(fold / "checkpoints")
+            if latest not in (None, step):
+                raise ValueError(
+                    f"{fold} is at step {latest}, and the table in {file} is of step {step}: run "
+                    "the cross-validation again until it ends"
+                )
+    return [*steps]
 
 
 def ensemble(members: Sequence[Trained]) -> Trained:

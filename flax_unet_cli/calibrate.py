@@ -14,7 +14,7 @@ def calibrate(trained: runs.Trained) -> runs.Trained:
     """The model with the temperature that fits the validation pictures of its run best.
 
     Its `config` has a section `calibration`: the temperature, and the calibration errors before
-    and after, those of `evaluate --split validation`.
+    and after, those of `evaluate --split validation` with the checkpoint that is exported.
 
     Raises:
         ValueError: the pictures are not there, the model has a temperature already, or none fits.

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_unet import metrics, runs
+from flax_unet import checkpoint, metrics, runs
 from flax_unet_cli import evaluate, program, train
 
 #: Scores of the table, per image: means over classes if there are several.
@@ -43,12 +43,15 @@ def run(options: Options) -> int:
         ValueError, OSError: a setting or the data is unusable, or a fold is of another run.
     """
     workdir = options.places.workdir
+    if options.folds < 2:
+        raise ValueError(f"--folds is {options.folds}: it must be 2 or more")
     if (workdir / "config.json").exists() or (workdir / "model.json").exists():
         raise ValueError(f"{workdir} holds a run or a model: choose another --workdir")
     init = options.settings.init
     if init is not None:
         train.warn(f"if {init} was trained on these pictures, the scores of the folds are too high")
     folds = [workdir / f"fold-{i}" for i in range(options.folds)]
+    check_alike([fold for fold in folds if checkpoint.exists(fold / "checkpoints")])
     for i, fold in enumerate(folds):
         print(f"fold {i} of {len(folds)}: {fold}")
         settings = replace(options.settings, fold=(i, len(folds)))
@@ -63,6 +66,7 @@ def run(options: Options) -> int:
             f"the folds in {workdir} were trained for {min(epochs)} to {max(epochs)} epochs: give "
             f"--epochs {max(epochs)}"
         )
+    check_alike(folds)
     for fold in folds:
         evaluate.run(evaluate.Options(fold, split="validation", devices=options.devices))
     content = {"init": init and str(init), **summarise(folds)}
@@ -77,6 +81,23 @@ def run(options: Options) -> int:
     return 0
 
 
+def check_alike(folds: list[Path]) -> None:
+    """Compare what runs find out about their pictures and remember, if no flag says it.
+
+    Raises:
+        ValueError: the folds were trained with other meanings of pixels.
+    """
+    configs = [runs.recorded_config(fold) for fold in folds]
+    for section, flag in (("images", "--value-range"), ("masks", "--classes")):
+        for fold, config in zip(folds[1:], configs[1:], strict=True):
+            if config.get(section) != configs[0].get(section):
+                raise ValueError(
+                    f"{fold} and {folds[0]} were trained with other {section} "
+                    f"({config.get(section)}, {configs[0].get(section)}): remove the wrong ones, "
+                    f"and give {flag} for all"
+                )
+
+
 def summarise(folds: list[Path]) -> dict[str, Any]:
     """The scores of the folds, from the reports that evaluate wrote, at the pictures' own sizes.
 
@@ -85,11 +106,11 @@ def summarise(folds: list[Path]) -> dict[str, Any]:
         deviation (of a sample) of these over folds; and the mean over all images, with its 95 %
         interval.
     """
-    rows, values = [], []
+    rows, values, classes = [], [], []
     for fold in folds:
         report = json.loads((fold / "evaluation-validation-latest.json").read_text())
-        images = report["own_size"]["images"]
-        values.append(np.array([per_image(image, report["classes"]) for image in images]))
+        images, classes = report["own_size"]["images"], report["classes"]
+        values.append(np.array([per_image(image, classes) for image in images]))
         scores = dict(zip(SCORES, values[-1].mean(0).tolist(), strict=True))
         rows.append(
             {"workdir": fold.name, "step": report["step"], "n_images": len(images), **scores}
@@ -97,6 +118,7 @@ def summarise(folds: list[Path]) -> dict[str, Any]:
     means, together = np.array([each.mean(0) for each in values]), np.concatenate(values)
     intervals = metrics.bootstrap_interval(together)
     return {
+        "classes": classes,
         "folds": rows,
         "over_folds": {
             name: {"mean": mean, "standard_deviation": deviation}
@@ -138,6 +160,9 @@ def table(content: dict[str, Any]) -> str:
     n = all_images["n_images"]
     seen = f" (what {content['init']} saw is not known)" if content["init"] else ""
     lines.append(f"| all images, each by the run that did not see it{seen} | {n} | {cells} |")
+    if len(names := content["classes"]) > 1:
+        lines += ["", f"Of an image, the mean over {', '.join(names)}: 1 for one that is neither"]
+        lines[-1] += " there nor predicted."
     return "\n".join(lines) + "\n"
 
 

@@ -163,8 +163,9 @@ def show(content: dict[str, Any]) -> None:
     own_size = content["own_size"]
     best = own_size.get("best_threshold")
     counted = {k: v for k, v in content["cost"].items() if v is not None}
+    several = f"ensemble of {len(content['ensemble'])}, " if "ensemble" in content else ""
     print(
-        f"{content['protocol']}, {content['what']}: {content['n_images']} images, "
+        f"{content['protocol']}, {content['what']}: {content['n_images']} images, {several}"
         f"{content['checkpoint']} checkpoint (step {content['step']}), "
         + (f"windows of {content['window']}" if content["window"] else "resized")
     )
@@ -314,6 +315,8 @@ def run(options: Options) -> None:
         "surface_dice_tolerance": TOLERANCE,
         **scores,
     }
+    if "ensemble" in trained.config:
+        content["ensemble"] = trained.config["ensemble"]
     if shifted:
         content["shifted"] = shifts.summary(counts, counts_shifted)
     if claims is not None:

@@ -93,7 +93,7 @@ def test_logits_that_are_very_large_do_not_overflow():
 
 def test_masks_of_0_and_255_are_refused_and_classes_beside_255_are_not():
     z, mask = drawn("one", 2, n=1000)
-    with pytest.raises(ValueError, match="no values but 0 and 255, .* does not count"):
+    with pytest.raises(ValueError, match="no values but 0 and 255, .* no pixel shows an object"):
         fit_temperature(z, mask * IGNORE)
     z, mask = drawn("exclusive", 2)
     mask[mask == 1] = IGNORE
@@ -240,14 +240,28 @@ def test_of_many_pixels_some_are_taken_at_random(monkeypatch):
     how = model, variables, source, 16, mask_format, RGB
     logits, truth = calibration.logits_of(*how)
     assert [x.shape for x in logits] == [(256, 3)] * 4
-    monkeypatch.setattr(calibration, "MOST", 4 * 3 * 100)
+    monkeypatch.setattr(calibration, "MOST", 4 * 3 * 64)
     fewer, again = (calibration.logits_of(*how) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, fewer, again)
     for x, y, *all_of_it in zip(*fewer, logits, truth, strict=True):
-        assert (x.shape, y.shape) == ((100, 3), (100, 1))
+        assert (x.shape, y.shape) == ((64, 3), (64, 1))
         # Each with its own truth, and none twice.
         some, rows = (Counter(map(tuple, np.hstack(pair).tolist())) for pair in ((x, y), all_of_it))
         assert some <= rows
+
+
+def test_large_pictures_keep_their_weight_if_some_pixels_are_taken(monkeypatch):
+    source, model = entries(4, [(16, 16), (64, 64)]), MODELS["plain"]
+    tiled = predict.Tiled(model, 16)
+    how = tiled, random_variables(model), source, None, formats.BINARY, RGB
+    for most, kept in (
+        (8704, [256, 4096] * 2),  # all
+        (8703, [128, 2048] * 2),
+        (2200, [64, 1024] * 2),
+        (1088, [32, 512] * 2),
+    ):
+        monkeypatch.setattr(calibration, "MOST", most)
+        assert [len(x) for x in calibration.logits_of(*how)[0]] == kept
 
 
 # The program

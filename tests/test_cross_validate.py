@@ -188,7 +188,8 @@ def test_a_signal_ends_it_before_there_is_a_table(root, tmp_path, monkeypatch):
         (("--folds", "4"), r"fold-0 holds a run with other settings .*fold: \[0, 3\] -> \[0, 4\]"),
         (("--seed", "1"), "fold-0 holds a run with other settings .*seed: 0 -> 1"),
         (("--group", "^[01]."), "fold-0 holds .*pictures of the train split"),
-        (("--folds", "1"), "fold is 0 1: give I K, a fold from 0 to K - 1, of 2 folds or more"),
+        (("--folds", "1"), "--folds is 1: it must be 2 or more"),
+        (("--folds", "0", "--dry-run"), "--folds is 0: it must be 2 or more"),
     ],
 )
 def test_other_folds_in_the_same_workdir_are_refused(root, workdir, capsys, change, words):
@@ -207,6 +208,48 @@ def test_folds_of_different_length_make_no_table(root, workdir, tmp_path, monkey
     monkeypatch.setattr(train, "complete", lambda options: 0)
     assert cross(root, copied) == 1
     assert "were trained for 2 to 3 epochs: give --epochs 3" in capsys.readouterr().err
+
+
+def test_folds_of_other_ranges_are_refused_before_any_is_trained(
+    root, workdir, tmp_path, monkeypatch, capsys
+):
+    copied = tmp_path / "folds"
+    shutil.copytree(workdir, copied)
+    config = json.loads((copied / "fold-2" / "config.json").read_text())
+    config["images"] = config["images"] | {"low": [0.0], "high": [4095.0]}
+    (copied / "fold-2" / "config.json").write_text(json.dumps(config))
+
+    def complete(options):
+        raise AssertionError("a fold was trained")
+
+    monkeypatch.setattr(train, "complete", complete)
+    assert cross(root, copied) == 1
+    words = "fold-2 and .*fold-0 were trained with other images .*4095.*: .* give --value-range"
+    assert re.search(words, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("which", ["best", "latest"])
+def test_a_fold_that_was_trained_further_makes_the_ensemble_out_of_date(workdir, tmp_path, which):
+    copied = tmp_path / "folds"
+    shutil.copytree(workdir, copied)
+    file = copied / "cross-validation.json"
+    content = json.loads(file.read_text())
+    step, content["folds"][1]["step"] = content["folds"][1]["step"], 3
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"fold-1 is at step {step}, and the table .* of step 3"):
+        runs.load_model(copied, which)
+
+
+def test_a_table_of_several_classes_says_what_is_averaged():
+    means = {name: {"mean": 0.5, "standard_deviation": 0.1} for name in ("dice", "iou")}
+    images = {name: {"mean": 0.5, "interval": [0.4, 0.6]} for name in ("dice", "iou")}
+    row = {"workdir": "fold-0", "n_images": 3, "dice": 0.5, "iou": 0.4}
+    content = {"init": None, "folds": [row], "over_folds": means}
+    content["all_images"] = {"n_images": 3, **images}
+    one = cross_validate.table(content | {"classes": ["polyp"]})
+    several = cross_validate.table(content | {"classes": ["a", "b"]})
+    more = "\nOf an image, the mean over a, b: 1 for one that is neither there nor predicted.\n"
+    assert several == one + more
 
 
 def test_a_table_says_if_the_folds_began_with_another_model(
@@ -253,8 +296,10 @@ def test_the_folder_is_a_model_the_ensemble_of_the_folds(root, workdir, tmp_path
     assert isinstance(trained.model, predict.Ensemble) and len(trained.variables) == K
     members = [runs.load_model(workdir / f"fold-{i}") for i in range(K)]
     assert evaluate.main(["--workdir", str(workdir), "--out", str(tmp_path)]) == 0
-    assert "not the pictures" not in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert "not the pictures" not in output.err and "images, ensemble of 3, best" in output.out
     report = json.loads((tmp_path / "evaluation-test.json").read_text())
+    assert report["ensemble"] == [str(workdir / f"fold-{i}") for i in range(K)]
     names = splits(workdir / "fold-0")[0]["test"]
     expected = []
     for name in names:
@@ -308,9 +353,10 @@ def test_models_of_other_pictures_are_no_ensemble(workdir, tmp_path):
     bound = one._replace(config=one.config | {"terms": "for research"})
     for members in ([one, bound], [bound, one]):
         assert runs.ensemble(members).terms == "for research"
-    (tmp_path / "cross-validation.json").write_text('{"folds": [{}]}')
-    with pytest.raises(ValueError, match="cross-validation.json is damaged"):
-        runs.load_model(tmp_path)
+    for content in ('{"folds": [{}]}', '{"folds": []}', "{}", "[]"):
+        (tmp_path / "cross-validation.json").write_text(content)
+        with pytest.raises(ValueError, match="cross-validation.json is damaged"):
+            runs.load_model(tmp_path)
 
 
 def test_the_embedded_data_set_by_its_own_split(tmp_path):

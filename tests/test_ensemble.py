@@ -157,6 +157,20 @@ def test_it_predicts_in_windows_and_a_member_may(two):
         predict.Tiled(ensemble, 10)  # of which one member has stride 2
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_member_beside_one_in_windows_takes_the_same_pixels(two, mirrored):
+    """A network without a norm, so that pixels of 0 to 255 would show."""
+    ensemble, variables = two
+    picture = image(24, 42, 3)
+    other = predict.Mirrored(OTHER) if mirrored else OTHER
+    members = predict.Tiled(SMALL, 12), other
+    pairs = [*zip(members, variables, strict=True)]
+    expected = np.mean([predict.predict_proba(*pair, picture) for pair in pairs], 0)
+    for given in (picture, picture.astype(np.float32) / 255):
+        proba = predict.predict_proba(predict.Ensemble(members), variables, given)
+        np.testing.assert_allclose(proba, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_several_devices_share_the_images(two):
     ensemble, variables = two
     batch, mesh = image(3, 12, 12, 3), devices.make_mesh(2)

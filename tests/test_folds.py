@@ -64,6 +64,8 @@ def test_impossible_folds_are_refused():
         folds.folds_of([*"abc"], 4)
     with pytest.raises(DataError, match="4 pictures .* are 2 groups, too few for 3 folds"):
         folds.folds_of(["a1", "a2", "b1", "b2"], 3, group="[a-z]")
+    with pytest.raises(DataError, match=r"--group a\(\\d\)\|c: its first parentheses .* 'c'"):
+        folds.folds_of(["a1", "a2", "c"], 2, r"a(\d)|c")
     with pytest.raises(DataError, match="--group x finds nothing in 'a'"):
         folds.folds_of([*"ab"], 2, group="x")
     with pytest.raises(ValueError, match="1 folds: there must be 2 or more"):
