@@ -42,7 +42,7 @@ def logits_of(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Logits and truth of each picture's pixels; if they are more than `MOST`, of some at random.
 
-    The fraction is the same for all pictures, so that large ones weigh no less than otherwise.
+    The fraction is the same for all pictures: each pixel is as likely as any other.
 
     Args:
         model: the network, or `predict.Mirrored` or `predict.Tiled`.

@@ -130,7 +130,7 @@ class Ensemble:
                 f"for each: it has {number} such"
             )
         members = zip(self.models, variables, strict=True)
-        # One on the host takes uint8; if there is one, nothing has converted the image for others.
+        # If a member is on the host, `logits_function` has not converted uint8 for the others.
         logits = jnp.stack(
             [
                 jnp.asarray(

@@ -773,8 +773,7 @@ def folds_in(folder: Path) -> list[Path]:
         raise ValueError(f"{file} is damaged: run the cross-validation again") from error
     if not steps:
         raise ValueError(f"{file} is damaged: it has no folds: run the cross-validation again")
-    for fold, step in steps.items():
-        # A missing checkpoint has an error of its own when the fold is read.
+    for fold, step in steps.items():  # `load_model` refuses a fold without checkpoints
         if checkpoint.exists(fold / "checkpoints"):
             latest = checkpoint.latest_step(fold / "checkpoints")
             if latest not in (None, step):

@@ -82,10 +82,10 @@ def run(options: Options) -> int:
 
 
 def check_alike(folds: list[Path]) -> None:
-    """Compare what runs find out about their pictures and remember, if no flag says it.
+    """Compare the formats of images and masks, which a run records if no flag gives them.
 
     Raises:
-        ValueError: the folds were trained with other meanings of pixels.
+        ValueError: the folds differ in one of them.
     """
     configs = [runs.recorded_config(fold) for fold in folds]
     for section, flag in (("images", "--value-range"), ("masks", "--classes")):
@@ -161,8 +161,11 @@ def table(content: dict[str, Any]) -> str:
     seen = f" (what {content['init']} saw is not known)" if content["init"] else ""
     lines.append(f"| all images, each by the run that did not see it{seen} | {n} | {cells} |")
     if len(names := content["classes"]) > 1:
-        lines += ["", f"Of an image, the mean over {', '.join(names)}: 1 for one that is neither"]
-        lines[-1] += " there nor predicted."
+        lines += [
+            "",
+            f"The scores of an image are means over its classes, {', '.join(names)}. A class",
+        ]
+        lines += ["that is neither in the mask nor predicted scores 1."]
     return "\n".join(lines) + "\n"
 
 

@@ -163,9 +163,9 @@ def show(content: dict[str, Any]) -> None:
     own_size = content["own_size"]
     best = own_size.get("best_threshold")
     counted = {k: v for k, v in content["cost"].items() if v is not None}
-    several = f"ensemble of {len(content['ensemble'])}, " if "ensemble" in content else ""
+    ensemble = f"ensemble of {len(content['ensemble'])}, " if "ensemble" in content else ""
     print(
-        f"{content['protocol']}, {content['what']}: {content['n_images']} images, {several}"
+        f"{content['protocol']}, {content['what']}: {content['n_images']} images, {ensemble}"
         f"{content['checkpoint']} checkpoint (step {content['step']}), "
         + (f"windows of {content['window']}" if content["window"] else "resized")
     )

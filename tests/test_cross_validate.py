@@ -248,8 +248,8 @@ def test_a_table_of_several_classes_says_what_is_averaged():
     content["all_images"] = {"n_images": 3, **images}
     one = cross_validate.table(content | {"classes": ["polyp"]})
     several = cross_validate.table(content | {"classes": ["a", "b"]})
-    more = "\nOf an image, the mean over a, b: 1 for one that is neither there nor predicted.\n"
-    assert several == one + more
+    more = "The scores of an image are means over its classes, a, b. A class"
+    assert several == f"{one}\n{more}\nthat is neither in the mask nor predicted scores 1.\n"
 
 
 def test_a_table_says_if_the_folds_began_with_another_model(
