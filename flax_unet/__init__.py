@@ -57,7 +57,7 @@ To and from other programs
     hdf5_file     reads the arrays of an HDF5 file that may be hostile
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 
 def __getattr__(name: str):  # on demand: the package itself imports nothing

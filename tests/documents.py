@@ -100,10 +100,9 @@ def needs_kvasir(code: str) -> bool:
 
 
 def skip_without_kvasir(code: str, user: User) -> None:
-    """Put the archive into the user's folder if a block needs it, or skip the test."""
+    """Name the archive to the user's programs if a block needs it, or skip the test."""
     if not needs_kvasir(code):
         return
     if "KVASIR_SEG_ZIP" not in os.environ:
         pytest.skip("KVASIR_SEG_ZIP is not set to the archive")
-    if not (file := user[0] / "kvasir-seg.zip").exists():
-        file.symlink_to(Path(os.environ["KVASIR_SEG_ZIP"]).resolve())
+    user[1]["KVASIR_SEG_ZIP"] = str(Path(os.environ["KVASIR_SEG_ZIP"]).resolve())

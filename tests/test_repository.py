@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.version import Version
 
 import flax_unet
 
@@ -17,21 +18,21 @@ RELEASES = dict(re.findall(r"^## \[([\d.]+)\] - (\d{4}-\d\d-\d\d)$", CHANGELOG, 
 pytestmark = pytest.mark.skipif(not TEMPLATES.is_dir(), reason="this is no checkout")
 
 
-def test_every_release_has_a_date_and_the_latest_is_this_version():
+def test_every_release_has_a_date_and_this_version_is_the_latest_or_comes_after_it():
     headings = re.findall(r"^## \[(.*?)\]", CHANGELOG, re.MULTILINE)
     assert headings == ["Unreleased", *RELEASES]
     assert [*RELEASES.values()] == sorted(RELEASES.values(), reverse=True)
-    assert next(iter(RELEASES)) == flax_unet.__version__
+    this, latest = Version(flax_unet.__version__), Version(next(iter(RELEASES)))
+    assert this > latest if this.is_devrelease else this == latest
     links = re.findall(r"^\[(.*?)\]: \S+$", CHANGELOG, re.MULTILINE)
     assert links == headings
 
 
-def test_the_citation_is_of_this_release_and_of_both_papers():
+def test_the_citation_is_of_the_latest_release_and_of_both_papers():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0" and citation["title"] == "flax-unet"
     assert citation.keys() >= {"message", "authors", "license", "repository-code"}
-    assert citation["version"] == flax_unet.__version__
-    assert str(citation["date-released"]) == RELEASES[flax_unet.__version__]
+    assert (citation["version"], str(citation["date-released"])) == next(iter(RELEASES.items()))
     bibtex = (ROOT / "tfds_kvasir" / "kvasir_seg" / "CITATIONS.bib").read_text()
     [kvasir] = re.findall(r"doi=\{(.*)\}", bibtex)
     dois = [reference["doi"] for reference in citation["references"]]
