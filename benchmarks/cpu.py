@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=ALL, default=list(ALL))
     parser.add_argument("--only", choices=("inference", "training"))
     options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     names = [OURS, *(name for name in options.peers if name != OURS)]
     results, steps = {}, {}
     if options.only != "training":

@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=5.0, help="time for the comparison")
     options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"images per second": rates(time.time() + 60 * options.minutes)}
     save(options.out, results)
     print(about(), "\n\nimages per second, median:\n\n" + table(results["images per second"]))

@@ -121,6 +121,7 @@ def rate(load: Callable[[Sequence[dict[str, Any]]], None], source: list[dict[str
 
 
 def main() -> None:
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # unless `child` sets it
     with tempfile.TemporaryDirectory() as folder:
         cold, cached = [], []
         child(compile_seconds, folder)

@@ -82,7 +82,9 @@ def read(file: Path, minutes: float) -> list[dict[str, Any]]:
     if not lines or "ended" not in lines[-1]:
         return []
     read = [json.loads(line) for line in lines]
-    return read if read[0]["minutes"] == minutes else []
+    if read[0]["minutes"] != minutes:
+        sys.exit(f"{file} is of --minutes {read[0]['minutes']:g}: choose another --out")
+    return read
 
 
 def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -147,6 +149,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # each compiles all that it runs
     files = {name: options.out / f"{name}.jsonl" for name in CONTENDERS}
+    for file in files.values():
+        read(file, options.minutes)  # ends the program before hours are lost
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder) / "pictures.npz"
         for name, file in files.items():

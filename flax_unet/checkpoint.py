@@ -93,7 +93,7 @@ def open_checkpoints(
 
     Raises:
         ValueError: Orbax would save nothing there, see `check_folder`.
-        CheckpointError: the last checkpoint cannot be saved.
+        CheckpointError: the folder is damaged, or the last checkpoint cannot be saved.
     """
     check_folder(folder)
     folder = Path(folder).absolute()
@@ -334,7 +334,7 @@ def _first_sound(checkpoints: ocp.CheckpointManager, which: Which, read: Callabl
 
 
 def _unreadable(folder: Path, known: Container[int]) -> Iterator[CheckpointError]:
-    """What is wrong with other steps whose metadata cannot be read: they are listed last or not."""
+    """Errors of other steps whose metadata cannot be read; Orbax lists such last, or not at all."""
     entries = list(folder.iterdir())  # before the readable ones: a training may add some
     readable = _readable_names(folder)
     for entry in entries:

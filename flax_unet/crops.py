@@ -3,7 +3,7 @@
 An epoch has enough crops to cover the area of all pictures: for each picture, its area divided by
 that of a crop, rounded up. The place of crop i in epoch e is random and depends on (seed, e, i)
 alone, so a resumed training sees the same crops. Two thirds are uniform over their picture. A third
-is centred at a random pixel of a random class in the picture, then moved to lie inside, as in:
+is centred at a random pixel of a random class in the picture, then moved into the picture, as in:
 Isensee et al.: "nnU-Net: a self-configuring method for deep learning-based biomedical image
 segmentation", Nature Methods, 2021.
 
@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ from flax_unet.classes import IGNORE
 from flax_unet.formats import MaskFormat
 from flax_unet.images import ImageFormat
 from flax_unet.parallel import map_all
-from flax_unet.pictures import open_content, size_of
+from flax_unet.pictures import name_of, open_content, size_of
 
 #: Fraction of the crops that are centred at a pixel of a class: nnU-Net's.
 FOREGROUND = 1 / 3
@@ -230,7 +231,7 @@ def _corner(crops: Crops, top: int, left: int) -> Size:
 def _cut(
     image: jax.Array, mask: jax.Array, corners: jax.Array, frame: Size
 ) -> tuple[jax.Array, jax.Array]:
-    """Frames of pictures that lie row by row; `corners` are (offset, height, width, top, left)."""
+    """Frames of pictures stored row by row; `corners` are (offset, height, width, top, left)."""
 
     def one(corner: jax.Array) -> tuple[jax.Array, jax.Array]:
         offset, height, width, top, left = corner
@@ -295,7 +296,7 @@ def areas(source: Sequence[dict[str, Any]]) -> list[int]:
 
     def area(i: int) -> int:
         example = source[i]
-        name = example.get("files", (f"image {example['name']}",))[0]
+        name = name_of(example)
         return math.prod(size_of(open_content(example["image"], name, decode=False)))
 
     return map_all(area, range(len(source)))
@@ -342,4 +343,4 @@ def whole(
 def _parts(size: int, side: int) -> list[tuple[int, int]]:
     """Starts of tiles along an axis, and how many of their first pixels are in the one before."""
     starts = [min(start, max(0, size - side)) for start in range(0, size, side)]
-    return [(a, max(0, b + side - a)) for b, a in zip([-side, *starts], starts, strict=False)]
+    return [(a, max(0, b + side - a)) for b, a in pairwise([-side, *starts])]

@@ -34,6 +34,7 @@ from flax_unet.images import ImageFormat
 from flax_unet.parallel import map_all
 from flax_unet.pictures import (
     DataError,
+    name_of,
     open_content,
     open_picture,
     resize_mask,
@@ -94,7 +95,7 @@ def decode_pair(
             f"{example['name']} has {layout}, and the format is another: see --mask-files"
         )
     masks = formats.files_of(example)
-    name = example.get("files", (f"image {example['name']}",))[0]
+    name = name_of(example)
     picture = open_content(example["image"], name)
     image = images.read(picture, image_format, name, size)
     orientation = picture.info["orientation"] if isinstance(picture, Image.Image) else 1
@@ -196,9 +197,9 @@ def load(
             takes about as long again.
         image_format: channels and range of the images; by default found from this source, see
             `images.find`.
-        cache: a folder for the results. File names contain a hash of the source's content, the size
-            and the version of Pillow, whose decoders differ. If a file cannot be written, a warning
-            is issued.
+        cache: a folder for the results. File names have hashes of the source's content and of the
+            formats, the size, and the version of Pillow, whose decoders differ. If a file cannot be
+            written, a warning is issued.
         pictures: see `fingerprint`.
 
     Raises:

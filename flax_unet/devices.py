@@ -1,4 +1,4 @@
-"""The devices of a run: a mesh over them, and what of each array is where.
+"""The devices of a run: a mesh over them, and how each array is placed on it.
 
 A batch is split over the devices along its first axis. What all of them need is copied to each: the
 state, and a data set that stays on the devices. XLA adds what has to be added over all of them.
@@ -22,7 +22,8 @@ def make_mesh(n: int | None = None) -> Mesh | None:
     """A mesh over the first n devices, by default over all; None for one, which needs no mesh.
 
     Raises:
-        ValueError: there are fewer devices, or several processes, which share all of theirs.
+        ValueError: there are fewer devices; or n is given to one of several processes, which use
+            all of theirs.
     """
     devices = jax.devices()
     if n is not None and jax.process_count() > 1:
@@ -94,7 +95,7 @@ def entire(tree: Any) -> Any:
     """A tree with arrays that this process has alone; all processes must call this."""
 
     def of(x: Any) -> Any:
-        return x if is_here(x) else here(x) if x.is_fully_replicated else on_host(x)
+        return here(x) if is_here(x) or x.is_fully_replicated else on_host(x)
 
     return jax.tree.map(of, tree)
 
@@ -156,9 +157,9 @@ def spread(tree: Any, mesh: Mesh) -> Any:
 def put(batch: Mapping[str, Any], mesh: Mesh | None) -> Mapping[str, Any]:
     """A batch on the devices of a mesh; without one as it is.
 
-    It gets copies of rows, of weight 0, until the devices have equally many. Of a data set whose
-    rows are in `index` only these are split; the data set itself is copied to each device, unless
-    it is on all of them already, in whatever way. What `join` has put together is there, too.
+    Rows of weight 0 are added until each device has equally many. If the batch has an `index`, only
+    `index` and `weight` are split: the data set is copied to each device, unless it is on all of
+    them already. What `join` has put together stays as it is.
     """
     if mesh is None:
         return batch

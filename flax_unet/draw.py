@@ -1,4 +1,4 @@
-"""Pictures: predictions (Pillow), learning curves and reliability diagrams (matplotlib)."""
+"""Pictures: predictions (Pillow); curves, confusion and reliability (matplotlib)."""
 
 import os
 from collections.abc import Sequence

@@ -30,7 +30,7 @@ from flax_unet.model import accepted
 from flax_unet.predict import is_on_host, is_tiled, predict_proba
 from flax_unet.train import Loss, make_eval_step, make_forward, make_losses
 
-RATIOS = (metrics.dice, metrics.iou, metrics.precision, metrics.recall)
+RATIOS = metrics.RATIOS
 #: Polyp size classes by fraction of the picture: [low, high).
 POLYP_SIZES = {
     "none": (0, 1e-9),
@@ -165,12 +165,7 @@ def score(
     read = {"mask_format": mask_format, "image_format": image_format or images.find(source)}
     at_own_size = partial(_at_own_size, decide=decide, overlapping=overlapping, tolerance=tolerance)
     if size is None:
-        for i in range(len(source)):
-            example = source[i]
-            image, true = data.decode_pair(example, **read)
-            if i == 0:  # compiles one window, before it is timed
-                predict_proba(model, variables, image[:1, :1])
-            yield _score_tiled(model, variables, example["name"], image, true, at_own_size, decide)
+        yield from _score_tiled(model, variables, source, read, at_own_size, decide)
         return
     size = (size, size) if isinstance(size, int) else size
     decode = partial(data.decode_resized, source, size=size, **read)
@@ -217,36 +212,40 @@ def score(
 def _score_tiled(
     model: Any,
     variables: Any,
-    name: str,
-    image: np.ndarray,
-    true: np.ndarray,
+    source: Sequence[dict[str, Any]],
+    read: dict[str, Any],
     at_own_size: Callable[..., "_OwnSize"],
     decide: Callable[..., np.ndarray],
-) -> Scores:
-    """Scores of one picture at its own size, which is that of the network here."""
-    began = time.perf_counter()
-    proba = predict_proba(model, variables, image)
-    seconds = time.perf_counter() - began
-    classes.check_mask(true, proba.shape[-1])
-    own = at_own_size(proba, true)
-    counts = [np.array([[each[key] for each in own.scores]]) for key in metrics.Confusion._fields]
-    return Scores(
-        name=[name],
-        image=pictures.resize_image(image, SHOWN)[None],
-        mask=pictures.resize_mask(true, SHOWN)[None],
-        prediction=_shown(pictures.resize_image(proba, SHOWN)[None], decide),
-        result={
-            "confusion": metrics.Confusion(*counts),
-            "loss": np.full(1, np.nan),  # of an image of any size it would be compiled for each
-            "iou_coef": np.nan,
-        },
-        own_size=[own.scores],
-        thresholds=own.thresholds[None],
-        reliability=own.reliability,
-        emptied=0,
-        matrix=own.matrix,
-        seconds=seconds,
-    )
+) -> Iterator[Scores]:
+    """Scores of each picture at its own size, which is that of the network here."""
+    for i in range(len(source)):
+        example = source[i]
+        image, true = data.decode_pair(example, **read)
+        if i == 0:  # compiles one window, before it is timed
+            predict_proba(model, variables, image[:1, :1])
+        began = time.perf_counter()
+        proba = predict_proba(model, variables, image)
+        seconds = time.perf_counter() - began
+        classes.check_mask(true, proba.shape[-1])
+        own = at_own_size(proba, true)
+        counts = ([[each[key] for each in own.scores]] for key in metrics.Confusion._fields)
+        yield Scores(
+            name=[example["name"]],
+            image=pictures.resize_image(image, SHOWN)[None],
+            mask=pictures.resize_mask(true, SHOWN)[None],
+            prediction=_shown(pictures.resize_image(proba, SHOWN)[None], decide),
+            result={
+                "confusion": metrics.Confusion(*map(np.array, counts)),
+                "loss": np.full(1, np.nan),  # would be compiled for each size of a picture
+                "iou_coef": np.nan,
+            },
+            own_size=[own.scores],
+            thresholds=own.thresholds[None],
+            reliability=own.reliability,
+            emptied=0,
+            matrix=own.matrix,
+            seconds=seconds,
+        )
 
 
 def _shown(proba: np.ndarray, decide: Callable[..., np.ndarray]) -> np.ndarray:
@@ -390,15 +389,12 @@ def report(
     ratios = np.stack([metrics.dice(counts).mean(-1), metrics.iou(counts).mean(-1)], axis=-1)
     dice_interval, iou_interval = metrics.bootstrap_interval(ratios)
     reliability = add_reliability([batch.reliability for batch in batches])
-    one = len(batches[0].own_size[0]) == 1
-    own_size = _by_polyp_size(rows) if one else _by_class(rows, names)
-    if one:
+    if len(batches[0].own_size[0]) == 1:
         best, dice = best_threshold(np.concatenate([batch.thresholds for batch in batches]))
-        own_size["best_threshold"] = {
-            "threshold": best,
-            "dice": dice.max(),
-            "dice_at_half": dice[50],
-        }
+        chosen = {"threshold": best, "dice": dice.max(), "dice_at_half": dice[50]}
+        own_size = _by_polyp_size(rows) | {"best_threshold": chosen}
+    else:
+        own_size = _by_class(rows, names)
     content = {
         **{name: value for name, value in values.items() if not np.isnan(value)},
         "classes": list(names),

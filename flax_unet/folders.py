@@ -241,9 +241,7 @@ def class_names(names: Sequence[str]) -> tuple[str, ...]:
     """
     if len(names) == 1 and Path(names[0]).suffix == ".txt":
         try:
-            names = [
-                line.strip() for line in Path(names[0]).read_text().splitlines() if line.strip()
-            ]
+            names = [*filter(None, map(str.strip, Path(names[0]).read_text().splitlines()))]
         except (OSError, ValueError) as error:
             raise DataError(f"--classes {names[0]}: it cannot be read ({error})") from error
     for name in names:
@@ -395,8 +393,8 @@ def _by_share(order: list[str], groups: dict[str, list[str]]) -> dict[str, str]:
 def _from_file(names: Sequence[str], file: Path) -> dict[str, str]:
     try:
         if file.suffix == ".csv":
-            rows = csv.reader(file.read_text().splitlines())
-            pairs = [(row[0].strip(), row[1].strip()) for row in rows if row]
+            rows = csv.reader(file.read_text("utf-8-sig").splitlines())
+            pairs = [(row[0].strip(), row[1].strip()) for row in rows if any(row)]
             pairs = [pair for pair in pairs if pair != ("name", "split")]
         else:
             content = json.loads(file.read_text())
@@ -406,6 +404,9 @@ def _from_file(names: Sequence[str], file: Path) -> dict[str, str]:
                 if nested
                 else list(content.items())
             )
+        for name, split in pairs:
+            if not (isinstance(name, str) and name and isinstance(split, str)):
+                raise ValueError(f"{name!r} in {split!r}: write both as text, in quotes")
     except (OSError, ValueError, IndexError, AttributeError) as error:
         raise DataError(
             f"{file}: give {{split: [name, ...]}} as JSON, or the columns name and split as CSV "

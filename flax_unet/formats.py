@@ -373,7 +373,7 @@ def _discover(facts: list[_Facts], ignore: Sequence[int]) -> MaskFormat:
                 f"which is the foreground: --foreground 0 or --foreground 1"
             )
     if union <= {0, high} and high in (1, 255, 65535) and not lossy:
-        found = MaskFormat(values=((0, 0), (int(high), 1), *not_counted))
+        found = MaskFormat(values=_distinct(((0, 0), (int(high), 1), *not_counted)))
     elif not ignore and _soft(facts, union, high):
         found = MaskFormat(values=(), threshold=(255 if high <= 255 else 65535) / 2)
     else:
@@ -423,11 +423,11 @@ def read_classes(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[Val
     Raises:
         DataError: the file cannot be read, or there are fewer than two classes.
     """
-    table: dict[str, Any] = {name: i for i, name in enumerate(names)}
+    table: dict[str, list[Value]] = {name: [i] for i, name in enumerate(names)}
     if len(names) == 1:
         file = Path(names[0])
         try:
-            table = _read_table(file)
+            table = {name: _values(entry) for name, entry in _read_table(file).items()}
         except (OSError, ValueError, IndexError, AttributeError, TypeError) as error:
             raise DataError(
                 f"--classes {names[0]}: give at least two names, or a text, JSON or CSV file with "
@@ -439,11 +439,11 @@ def read_classes(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[Val
             f"there are {len(counted)} classes: give 2 to {IGNORE}, with the background"
         )
     index = {name: i for i, name in enumerate(counted)} | {"ignore": IGNORE}
-    return tuple(counted), tuple((v, index[n]) for n, each in table.items() for v in _values(each))
+    return tuple(counted), tuple((v, index[n]) for n, each in table.items() for v in each)
 
 
 def _read_table(file: Path) -> dict[str, Any]:
-    text = file.read_text()
+    text = file.read_text("utf-8-sig")
     if file.suffix == ".json":
         return dict(json.loads(text).items())
     if file.suffix == ".csv":

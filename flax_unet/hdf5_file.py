@@ -2,8 +2,8 @@
 
 The HDF5 library can hang or crash in a damaged file. Here is the small part of the format that
 h5py uses by default (superblock 0, object headers 1, symbol tables): groups, attributes of texts,
-and arrays of float32 that lie in the file in one piece. All else is an error: links, compression,
-other files. Memory is bounded by the file's size, and time by a number of steps.
+and contiguous arrays of float32. All else is an error: links, compression, other files. Memory is
+bounded by the file's size, and time by a number of steps.
 
 HDF5 File Format Specification, version 3.0: sections II, III.A, III.B, III.D, III.E and IV.A.
 """
@@ -40,10 +40,14 @@ class _File:
     def __init__(self, data: bytes):
         self.data, self.steps, self.heaps = data, STEPS, {}
 
-    def unpack(self, form: str, start: int) -> tuple:
-        self.steps -= 1
+    def spend(self, steps: int) -> None:
+        """Take so many steps; ValueError if there are not so many left."""
+        self.steps -= steps
         if self.steps < 0:
             raise ValueError("its structure is too large")
+
+    def unpack(self, form: str, start: int) -> tuple:
+        self.spend(1)
         return struct.unpack_from("<" + form, self.data, start)
 
     def take(self, start: int, size: int) -> bytes:
@@ -183,19 +187,13 @@ class Node:
             return []
         kind, bits, size = struct.unpack_from("<BB2xI", datatype)
         if kind & 15 == 3:
-            texts = (self.file.take(start + i * size, size) for i in range(self._limited(count)))
+            self.file.spend(count)
+            texts = (self.file.take(start + i * size, size) for i in range(count))
             return [text.split(b"\0")[0].decode() for text in texts]
         if kind & 15 == 9 and bits & 15 == 1 and size == 16:  # of variable length
             places = (self.file.unpack("IQI", start + 16 * i) for i in range(count))
             return [self._from_heap(*place).decode() for place in places]
         raise ValueError(f"{name} of {self.name} is not a text")
-
-    def _limited(self, count: int) -> int:
-        """A number of steps, all taken at once."""
-        self.file.steps -= count
-        if self.file.steps < 0:
-            raise ValueError("its structure is too large")
-        return count
 
     def _from_heap(self, length: int, address: int, index: int) -> bytes:
         """A text of variable length."""

@@ -13,7 +13,14 @@ import numpy as np
 from PIL import Image
 
 from flax_unet.parallel import map_all
-from flax_unet.pictures import Content, DataError, has_alpha, open_content, resize_image
+from flax_unet.pictures import (
+    Content,
+    DataError,
+    has_alpha,
+    name_of,
+    open_content,
+    resize_image,
+)
 
 Kind = Literal["8 bits", "integers", "floats"]
 #: Percentiles of each picture between which the range of a data set is measured.
@@ -245,7 +252,7 @@ def find(
 
     def look(i: int) -> _Facts:
         example = source[i]
-        name = example.get("files", (f"image {example['name']}",))[0]
+        name = name_of(example)
         return _look(example["image"], name, channels, measure=ends is None)
 
     facts = map_all(look, range(len(source)))

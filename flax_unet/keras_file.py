@@ -38,6 +38,8 @@ SETTINGS = {
 }
 #: Layers that scale the pixels, directly after the input.
 SCALING = ("Lambda", "Rescaling", "TrueDivide", "TFOpLambda")
+#: By what the tutorial's network divides them.
+DIVISOR = 256.0
 
 
 class _Layer(NamedTuple):
@@ -49,7 +51,7 @@ class _Layer(NamedTuple):
 
 
 def read_weights(
-    path: str | os.PathLike, model: UNet = ARTICLE, *, divisor: float = 256.0
+    path: str | os.PathLike, model: UNet = ARTICLE, *, divisor: float | None = None
 ) -> dict[str, Any]:
     """The variables of `model` with the weights in a file of Keras.
 
@@ -61,8 +63,9 @@ def read_weights(
         path: the file, whatever its name ends with.
         model: the tutorial's network, or a smaller or wider one: no norm, encoder, patches,
             residual blocks or deep supervision. Its images have three channels.
-        divisor: 256 in the tutorial; 1 if the network took pixel values as they are, 255 if it took
-            images in [0, 1].
+        divisor: by default 256, as in the tutorial; 1 if the network took pixel values as they are,
+            255 if it took images in [0, 1]. It must be given if the file shows that no layer
+            divides.
 
     Returns:
         {"params": ...}, float32.
@@ -77,7 +80,7 @@ def read_weights(
     free = {name: getattr(model, name) for name in ("overlapping", "convs", "dropout", "remat")}
     if model != plain.clone(**free, dtype=model.dtype):
         raise ValueError("the model is not like the tutorial's: see read_weights")
-    if not 1 <= divisor <= 2**16:
+    if divisor is not None and not 1 <= divisor <= 2**16:
         raise ValueError(f"divisor is {divisor}: it must be from 1 to 65536")
     expected = _shapes(model)
     # With the state of an optimizer: Adam's is twice the weights.
@@ -87,8 +90,8 @@ def read_weights(
             arrays = _read(_all(stream, most), model, expected, divisor)
         except Exception as error:  # zip, struct and JSON raise a dozen kinds
             raise ValueError(f"{path} has no weights of this network: {error}") from error
-    first = next(iter(_layers(model))).name
-    arrays[f"{first}/kernel"] *= np.float32(255 / divisor)
+    first = next(_layers(model)).name
+    arrays[f"{first}/kernel"] *= np.float32(255 / (divisor or DIVISOR))
     return {"params": unflatten_dict(arrays, sep="/")}
 
 
@@ -132,7 +135,7 @@ def _layers(model: UNet) -> Iterator[_Layer]:
 
 
 def _read(
-    data: bytes, model: UNet, expected: dict[str, tuple[int, ...]], divisor: float
+    data: bytes, model: UNet, expected: dict[str, tuple[int, ...]], divisor: float | None
 ) -> dict[str, np.ndarray]:
     """The arrays by our names, in our layout."""
     config = None
@@ -232,12 +235,12 @@ def _array(name: str, weight: Node, ours: tuple[int, ...], swap: bool) -> np.nda
     return np.array(array.swapaxes(-1, -2) if swap else array, np.float32, order="C")
 
 
-def _check_network(config: Any, model: UNet, divisor: float) -> dict[str, str]:
+def _check_network(config: Any, model: UNet, divisor: float | None) -> dict[str, str]:
     """{our layer: Keras' name}; ValueError unless the network that is described is ours."""
     content = config["config"]
     if not isinstance(content, dict) or "layers" not in content:
         raise ValueError(f"a {config['class_name']} does not say what its layers are")
-    ours, names = _layers(model), {}
+    ours, names, scaled = _layers(model), {}, False
     known: dict[str, str] = {}  # Keras' name: the layer of ours whose output this is
     for described in content["layers"]:
         kind, settings = described["class_name"], described["config"]
@@ -248,8 +251,10 @@ def _check_network(config: Any, model: UNet, divisor: float) -> dict[str, str]:
         elif kind == "Dropout" and len(inputs) == 1:
             known[name] = inputs[0]
         elif kind in SCALING and inputs == ("image",):
-            _check_scaling(name, settings, divisor)
-            known[name] = "image"
+            if scaled:
+                raise ValueError(f"{name} ({kind}) scales the pixels again; ours does it once")
+            _check_scaling(name, described, divisor or DIVISOR)
+            known[name], scaled = "image", True
         elif kind == "Activation" and inputs == ("head",):
             _check_settings(name, "head", settings, _activations(model, "head"))
             known[name] = "head"
@@ -265,6 +270,11 @@ def _check_network(config: Any, model: UNet, divisor: float) -> dict[str, str]:
         raise ValueError(f"{_as_text(layer)} is missing")
     if list(_sources(content["output_layers"], known)) != ["head"]:
         raise ValueError("its output is not the last layer's")
+    if not scaled and divisor is None:
+        raise ValueError(
+            "none of its layers divides the pixels: say what it took, values from 0 to 255 by "
+            "divisor 1, or images in [0, 1] by divisor 255"
+        )
     return names
 
 
@@ -311,12 +321,24 @@ def _check_settings(name: str, ours: str, settings: Any, allowed: dict[str, Any]
             )
 
 
-def _check_scaling(name: str, settings: dict[str, Any], divisor: float) -> None:
-    """The scale of a Rescaling; what a function does cannot be known without executing it."""
-    if "scale" in settings:
-        scale, offset = float(settings["scale"]), float(settings.get("offset", 0.0))
-        if not math.isclose(scale * divisor, 1, rel_tol=1e-6) or offset:
-            raise ValueError(
-                f"{name} multiplies by {scale} and adds {offset}, and the divisor is {divisor}: "
-                f"give {1 / scale if scale > 0 else 'another'}, without an offset"
-            )
+def _check_scaling(name: str, described: dict[str, Any], divisor: float) -> None:
+    """The scale of a layer; what a Lambda does cannot be known without executing it."""
+    kind, settings = described["class_name"], described["config"]
+    if kind == "Lambda":
+        return
+    scale, offset = float(settings.get("scale", 1.0)), float(settings.get("offset", 0.0))
+    if kind != "Rescaling":
+        if (function := settings.get("function", "math.truediv")) != "math.truediv":
+            raise ValueError(f"{name} is {function}, and ours only divides the pixels")
+        scale = 1 / _operand(described["inbound_nodes"])
+    if not math.isclose(scale * divisor, 1, rel_tol=1e-6) or offset:
+        raise ValueError(
+            f"{name} multiplies by {scale} and adds {offset}, and the divisor is {divisor}: "
+            f"give {1 / scale if scale > 0 else 'another'}, without an offset"
+        )
+
+
+def _operand(nodes: Any) -> float:
+    """What an operation divides its tensor by, as Keras 2 or 3 writes it."""
+    node = nodes[0]
+    return float(node["args"][1] if isinstance(node, dict) else node[0][3]["y"])

@@ -67,9 +67,11 @@ def cross_entropy(
         Float32 [B].
 
     Raises:
-        ValueError: the shapes do not fit together, or there are not C weights.
+        ValueError: the shapes do not fit together, C is 1, or there are not C weights.
     """
     classes.check_shapes(logits, mask)
+    if logits.shape[-1] == 1:
+        raise ValueError("the cross-entropy of one channel is always 0: use bce or bce_soft_dice")
     labels = classes.truth(mask, logits.shape[-1])
     counts = classes.counted(mask).all(-1, keepdims=True)
     entropy = -(labels * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(-1, keepdims=True)

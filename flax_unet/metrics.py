@@ -93,6 +93,10 @@ def recall(c: Confusion) -> Any:
     return _ratio(c.tp, c.tp + c.fn)
 
 
+#: The scores of reports.
+RATIOS = dice, iou, precision, recall
+
+
 def accuracy(c: Confusion) -> Any:
     """(TP + TN) / (TP + FP + FN + TN), elementwise."""
     return _ratio(c.tp + c.tn, c.tp + c.fp + c.fn + c.tn)
@@ -144,21 +148,18 @@ def summary(
         "loss": float(np.mean(loss)),
         "accuracy": _pixel_accuracy(total),
         "iou_coef": float(np.mean(iou_coef)),
-        "dice_per_image": float(dice(counts).mean()),
-        "iou_per_image": float(iou(counts).mean()),
-        "precision_per_image": float(precision(counts).mean()),
-        "recall_per_image": float(recall(counts).mean()),
-        "dice_pooled": float(dice(total).mean()),
-        "iou_pooled": float(iou(total).mean()),
-        "precision_pooled": float(precision(total).mean()),
-        "recall_pooled": float(recall(total).mean()),
+        **{f"{ratio.__name__}_per_image": float(ratio(counts).mean()) for ratio in RATIOS},
+        **{f"{ratio.__name__}_pooled": float(ratio(total).mean()) for ratio in RATIOS},
         "n_images": len(counts.tp),
     }
 
 
 def _pixel_accuracy(total: Confusion) -> float:
-    """The fraction of right pixels; if each has one class, as that of one class against the rest
-    would be high whatever is predicted."""
+    """The fraction of pixels whose class is right.
+
+    For exclusive classes it counts each pixel once: one class against the rest would score high
+    whatever is predicted.
+    """
     pixels = (total.tp + total.fp + total.fn + total.tn)[0]
     exclusive = (total.tp + total.fn).sum() == (total.tp + total.fp).sum() == pixels
     if len(total.tp) > 1 and exclusive:

@@ -299,10 +299,10 @@ class UNet(nn.Module):
     @property
     def stride(self) -> int:
         """Height and width of an image must be multiples of this."""
-        patch, skips = self._shape()
+        patch, skips = self._patch_and_skips()
         return patch * 2**skips
 
-    def _shape(self) -> tuple[int, int]:
+    def _patch_and_skips(self) -> tuple[int, int]:
         """Pixels per side of an entry of the first feature map, and the number of skip maps."""
         if self.encoder is None:
             return self.patch, len(self.features) - 1
@@ -315,12 +315,12 @@ class UNet(nn.Module):
         return encoder.patch, encoder.levels
 
     def _check(self, image: jax.Array) -> tuple[int, int, tuple[float, ...]]:
-        """`_shape` and a dropout rate per level; ValueError if something does not fit."""
+        """`_patch_and_skips` and a dropout rate per level; ValueError if something does not fit."""
         for name in ("features", "num_classes", "convs", "patch"):
             value = getattr(self, name)
             if not value or np.min(value) < 1:
                 raise ValueError(f"{name} is {value}: it must be positive")
-        (patch, skips), levels = self._shape(), len(self.features)
+        (patch, skips), levels = self._patch_and_skips(), len(self.features)
         if self.encoder is not None and self.patch not in (1, patch):
             raise ValueError(f"patch is {self.patch}, but the encoder's is {patch}: leave it out")
         if self.encoder is not None and levels != skips:
@@ -405,7 +405,7 @@ class UNet(nn.Module):
         """The encoder's maps; ValueError unless they are as its `patch` and `levels` promise."""
         assert self.encoder is not None
         maps = self.encoder(image, **accepted(self.encoder, **options))
-        patch, skips = self._shape()
+        patch, skips = self._patch_and_skips()
         sides = [patch * 2**i for i in range(skips + 1)]
         expected = [(image.shape[1] // side, image.shape[2] // side) for side in sides]
         if (sizes := [x.shape[1:3] for x in maps]) != expected:

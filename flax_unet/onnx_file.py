@@ -27,7 +27,8 @@ from flax_unet.model import BatchNorm, GroupNorm, UNet
 if TYPE_CHECKING:
     import onnx
 
-#: Of 2022: read by ONNX Runtime 1.12 and by all programs since. Newer ones would only exclude.
+#: Of 2022: read by ONNX Runtime 1.12 and by all programs since. A newer one would only
+#: exclude older programs.
 OPSET, IR_VERSION = 17, 8
 #: Attributes of a `UNet` in the metadata of its file, as JSON.
 OWN = "stride", "num_classes", "overlapping"

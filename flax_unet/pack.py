@@ -117,7 +117,7 @@ def save(
         ValueError: a kernel is not finite in its type, the model cannot be described, or its image
             size cannot be loaded again.
         TypeError: `about` is not JSON.
-        FileExistsError: the folder already holds a model.
+        FileExistsError: the folder has a model.json or a weights.npz.
     """
     folder, arrays = Path(folder), {}
     content = {
@@ -133,13 +133,14 @@ def save(
             raise ValueError(
                 f"{name} has NaN, infinity or values beyond {arrays[name].dtype}: do not export it"
             )
-    file = folder / "model.json"
-    if file.exists():
-        raise FileExistsError(f"{file} exists: choose another folder")
+    weights, file = folder / "weights.npz", folder / "model.json"
+    for each in (file, weights):
+        if each.exists():
+            raise FileExistsError(f"{each} exists: choose another folder")
     text = json.dumps(content | {"checksum": _checksum(content, arrays)}, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(part := folder / "weights.part.npz", **arrays)
-    part.replace(folder / "weights.npz")
+    part.replace(weights)
     (part := folder / "model.json.part").write_text(text)
     part.replace(file)  # last: a folder with this file is whole
 

@@ -87,7 +87,11 @@ def open_content(data: bytes | Path, name: str, *, decode: bool = True) -> Conte
         if several and picture.format != "TIFF":
             raise DataError(f"{frames} frames: save each one as a separate file")
         if several:
-            return [page.copy() for page in ImageSequence.Iterator(picture)]
+            pages = []
+            for page in ImageSequence.Iterator(picture):
+                _check_size(page.width, page.height, frames)  # each may have a size of its own
+                pages.append(page.copy())
+            return pages
         if decode:
             picture.load()
             picture.info["orientation"] = picture.getexif().get(ExifTags.Base.Orientation, 1)
@@ -100,6 +104,11 @@ def open_content(data: bytes | Path, name: str, *, decode: bool = True) -> Conte
         elif isinstance(error, OSError) and error.strerror:  # without the name a second time
             reason = error.strerror
         raise DataError(f"{name}: not a readable picture ({reason})") from error
+
+
+def name_of(example: dict[str, Any]) -> str:
+    """What errors call the picture of an entry of a source: its path, if it is known."""
+    return example.get("files", (f"image {example['name']}",))[0]
 
 
 def has_alpha(picture: Image.Image) -> bool:

@@ -129,21 +129,13 @@ class Ensemble:
                 f"an ensemble of {len(self.models)} models takes a tuple of their variables, one "
                 f"for each: it has {number} such"
             )
-        members = zip(self.models, variables, strict=True)
+
         # If a member is on the host, `logits_function` has not converted uint8 for the others.
-        logits = jnp.stack(
-            [
-                jnp.asarray(
-                    model.apply(
-                        each,
-                        image if is_on_host(model) else pictures.as_float(image),
-                        **accepted(model, train=False),
-                    ),
-                    jnp.float32,
-                )
-                for model, each in members
-            ]
-        )
+        def logits_of(model: Any, own: Any) -> jax.Array:
+            x = image if is_on_host(model) else pictures.as_float(image)
+            return jnp.asarray(model.apply(own, x, **accepted(model, train=False)), jnp.float32)
+
+        logits = jnp.stack([*map(logits_of, self.models, variables)])
         log_sum = jax.nn.logsumexp  # of logarithms, because a probability may round to 0 or 1
         if self.overlapping or logits.shape[-1] == 1:
             sure, not_sure = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
@@ -199,6 +191,11 @@ class Tiled:
             raise ValueError(f"batch_size is {self.batch_size}: it must be positive")
         if not 0 <= self.overlap < 1:
             raise ValueError(f"overlap is {self.overlap}: it must be in [0, 1)")
+        if 0 in self.steps:
+            raise ValueError(
+                f"windows of {self.window} cannot overlap by {self.overlap:g}, because they start "
+                f"at multiples of {self.model.stride}: choose larger ones, or less overlap"
+            )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -207,17 +204,22 @@ class Tiled:
         return height, width
 
     @property
+    def steps(self) -> tuple[int, int]:
+        """From the start of a window to that of the next, down and right; multiples of stride."""
+        stride = self.model.stride
+        # 1e-6 is for products such as 320 * (1 - 0.8), which is a little less than 64.
+        down, right = (
+            int(side * (1 - self.overlap) + 1e-6) // stride * stride for side in self.size
+        )
+        return down, right
+
+    @property
     def windows(self) -> int:
         """Windows at a time, on all devices together."""
         return self.batch_size * (1 if self.mesh is None else self.mesh.size)
 
-    @property
-    def on_host(self) -> bool:
-        return True
-
-    @property
-    def stride(self) -> int:
-        return 1
+    on_host = True  # see `is_on_host`
+    stride = 1  # images of any size
 
     @property
     def num_classes(self) -> int:
@@ -239,8 +241,7 @@ class Tiled:
         if 0 in image.shape:
             raise ValueError(f"image has shape {image.shape}: it is empty")
         stride, shape = self.model.stride, image.shape[1:3]
-        steps = [max(1, int(side * (1 - self.overlap)) // stride) * stride for side in self.size]
-        axes = list(zip(shape, self.size, steps, strict=True))
+        axes = list(zip(shape, self.size, self.steps, strict=True))
         rows, columns = grid = [tiles.starts(*axis, stride) for axis in axes]
         down, right = (
             tiles.weights(n, side, starts, self.blend)

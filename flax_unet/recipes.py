@@ -67,10 +67,7 @@ class AdamW:
             return jax.tree.map(lambda x: x.ndim > 1, params)
 
         def encoder(params: Any) -> Any:
-            return {
-                name: jax.tree.map(lambda _, name=name: name == "encoder", module)
-                for name, module in params.items()
-            }
+            return {name: name == "encoder" for name in params}
 
         scale_encoder = optax.masked(optax.scale(self.encoder_rate), encoder)
         return optax.chain(

@@ -94,7 +94,7 @@ def report_html(
     """
     own_size = (evaluation or {}).get("own_size", {})
     sections = {
-        "Results": _headline(evaluation, history),
+        "Results": _headline(evaluation, history, config),
         "Curves": curves(history, (evaluation or {}).get("step")),
         "Classes": _classes(own_size),
         "Sizes": _sizes(own_size),
@@ -159,21 +159,29 @@ def _subtitle(evaluation: Mapping[str, Any] | None, history: Sequence[Mapping[st
     height, width = (side, side) if isinstance(side, int) else side
     place = "at" if evaluation["image_size"] else "at their own size, in windows of"
     flips = ", averaged over flips" * bool(evaluation["flips"])
+    members = f"ensemble of {len(evaluation['ensemble'])}, " if "ensemble" in evaluation else ""
     return escaped(
         f"{evaluation['protocol']}, {evaluation['what']}: {evaluation['n_images']} images "
-        f"{place} {width} x {height} pixels; {evaluation['checkpoint']} checkpoint, step "
+        f"{place} {width} x {height} pixels; {members}{evaluation['checkpoint']} checkpoint, step "
         f"{evaluation['step']}{flips}"
     )
 
 
-def _headline(evaluation: Mapping[str, Any] | None, history: Sequence[Mapping[str, Any]]) -> str:
+def _headline(
+    evaluation: Mapping[str, Any] | None,
+    history: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any],
+) -> str:
     if evaluation is None and not history:
         return ""
     place = "their own sizes" if evaluation and evaluation.get("window") else "the network's size"
     note = f"Means over images at {place}, with intervals of 95 %; the best possible is 1"
     if evaluation is None:
         saved = [record for record in history if record.get("saved", True)] or history
-        best = max(saved, key=lambda record: record["val_dice_per_image"])
+        several = config.get("model", {}).get("num_classes", 1) > 1
+        cropped = config.get("settings", {}).get("crop") is not None
+        chosen = "val_dice_pooled" if several or cropped else "val_dice_per_image"
+        best = max(saved, key=lambda record: record[chosen])
         values = {
             name: (best[f"val_{key}_per_image"], "validation") for key, name in RATIOS.items()
         }

@@ -4,9 +4,9 @@
     batches = score(model, variables, shifted, size, shifted.mask_format, image_format)
 
 `SHIFTS` has functions `(rng, image, mask) -> (image, mask)` of an image, uint8 [H, W, 1] or
-[H, W, 3], and its mask, uint8 [H, W, K]; they keep shapes and types. `strength`, in (0, 1], is the
-fraction of its effect. Shifts measure what a model loses, see `summary`; a model that was trained
-on them would have to be measured otherwise.
+[H, W, 3], and its mask, uint8 [H, W, K]; they keep shapes and types. Some take a `strength` in
+(0, 1], the fraction of their effect. Shifts measure what a model loses, see `summary`; a model that
+was trained on them would have to be measured otherwise.
 """
 
 import hashlib

@@ -56,7 +56,8 @@ def facts(mask: np.ndarray, resized: np.ndarray) -> Facts:
 
 def _count(mask: np.ndarray) -> dict[str, int]:
     if mask.shape[-1] > 1:
-        number = [np.count_nonzero((mask != 1).all(-1)), *(mask == 1).sum((0, 1)).tolist()]
+        none = (mask != 1).all(-1) & (mask != IGNORE).any(-1)
+        number = [np.count_nonzero(none), *(mask == 1).sum((0, 1)).tolist()]
     elif mask.max(initial=0) <= 1:  # several times as fast as a histogram
         ones = int(np.count_nonzero(mask))
         number = mask.size - ones, ones

@@ -1,6 +1,6 @@
 """Windows that cover a picture: where they start, and with what weights their results are blended.
 
-Both axes are alike and apart: the weight of a pixel in a window is the product of two.
+The axes are independent: the weight of a pixel in a window is the product of those along both axes.
 """
 
 from typing import Literal

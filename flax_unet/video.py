@@ -168,7 +168,8 @@ def writer(
     target = ("-movflags", "+faststart", "-f", "mp4", f"file:{part.absolute()}")
     command = [ffmpeg(), *QUIET, "-loglevel", "error", *source, *colours, *encoder, *target]
     part.open("xb").close()  # if it cannot be written, that is Python's error and not ffmpeg's
-    with tempfile.TemporaryFile() as messages, _removed(part):
+    with tempfile.TemporaryFile() as messages, contextlib.ExitStack() as stack:
+        stack.callback(part.unlink, missing_ok=True)
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=messages
         )
@@ -208,15 +209,6 @@ def writer(
             _end(process)
         check_absent()
         part.replace(path)
-
-
-@contextlib.contextmanager
-def _removed(part: Path) -> Iterator[None]:
-    """Remove the file at the end, if it is still there."""
-    try:
-        yield
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _end(process: subprocess.Popen) -> None:

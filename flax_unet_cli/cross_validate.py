@@ -58,6 +58,8 @@ def run(options: Options) -> int:
         places = replace(options.places, workdir=fold)
         if code := train.complete(replace(options, settings=settings, places=places)):
             return code
+        if not options.dry_run:
+            check_alike(folds[: i + 1])
     if options.dry_run:
         return 0
     epochs = {runs.recorded_config(fold)["settings"]["epochs"] for fold in folds}
@@ -66,7 +68,6 @@ def run(options: Options) -> int:
             f"the folds in {workdir} were trained for {min(epochs)} to {max(epochs)} epochs: give "
             f"--epochs {max(epochs)}"
         )
-    check_alike(folds)
     for fold in folds:
         evaluate.run(evaluate.Options(fold, split="validation", devices=options.devices))
     content = {"init": init and str(init), **summarise(folds)}
@@ -110,6 +111,8 @@ def summarise(folds: list[Path]) -> dict[str, Any]:
     for fold in folds:
         report = json.loads((fold / "evaluation-validation-latest.json").read_text())
         images, classes = report["own_size"]["images"], report["classes"]
+        if isinstance(images[0].get("dice"), float):  # one class: without the background
+            classes = classes[1:]
         values.append(np.array([per_image(image, classes) for image in images]))
         scores = dict(zip(SCORES, values[-1].mean(0).tolist(), strict=True))
         rows.append(

@@ -1,4 +1,4 @@
-"""Dice against the number of training pictures: `flax-unet data_efficiency --workdir runs/subsets`.
+"""Dice against the number of training pictures: `flax-unet data-efficiency --workdir runs/subsets`.
 
 Trains `strong` and `pretrained` on fractions of the training pictures, each time for as many steps
 (rounded up to entire epochs) as `--epochs` takes with all of them, scores the last state on the

@@ -11,8 +11,9 @@ examples:
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -94,6 +95,7 @@ def open_split(
     settings, places = trained.settings, trained.places
     separate = trained.mask_format if places.mask_files == "class" else None
     names = () if separate is None else separate.names[1:]
+    given = options.meaning.classes or names
     if (options.images is None) != (options.masks is None):
         raise DataError("give both --images and --masks, or neither")
     if options.images is not None and options.masks is not None:
@@ -103,7 +105,7 @@ def open_split(
             image_suffix=options.image_suffix,
             mask_suffix=options.mask_suffix,
             mask_files=(mask_files := options.mask_files or places.mask_files),
-            classes=names if mask_files == "class" else (),
+            classes=given if mask_files == "class" else (),
         )
         return source, f"folder-{options.images.parent.name}-{options.images.name}", "folder"
     if settings.dataset == "folder" and places.images is None:
@@ -222,7 +224,7 @@ def show_negatives(scores: dict[str, Any]) -> None:
 
 
 def show_classes(own_size: dict[str, Any]) -> None:
-    """Print the scores of exclusive classes."""
+    """Print the scores of several classes."""
     keys = [ratio.__name__ for ratio in RATIOS]
     means = {
         "mean": own_size["mean_of_classes"],
@@ -235,6 +237,41 @@ def show_classes(own_size: dict[str, Any]) -> None:
     for name, values in means.items():
         if "background" in own_size["by_class"] or name == "mean":
             print(f"    {name:<24}{''.join(f'{values[key]:>11.4f}' for key in keys)}")
+
+
+def stem_of(
+    options: Options,
+    trained: runs.Trained,
+    what: str,
+    window: tuple[int, int] | None,
+    image_format: ImageFormat,
+) -> str:
+    """The name of the report without its suffix."""
+    stem = f"evaluation-{what}" + ("" if trained.checkpoint == "best" else f"-{trained.checkpoint}")
+    stem += "-flips" if options.flips else ""
+    if options.window is not None and window is not None:
+        stem += "-window-" + "x".join(map(str, window))
+    stem += f"-threshold-{options.threshold:g}" if options.threshold != 0.5 else ""
+    stem += "-ranged" if image_format != trained.image_format else ""
+    stem += "-shifted" if options.shifted else ""
+    return stem + ("-negatives" if options.negatives else "")
+
+
+def check_replaced(file: Path, given: dict[str, Any]) -> None:
+    """Compare a new report with the one that it would replace.
+
+    Raises:
+        ValueError: that one is of other pictures or masks, or they mean something else there.
+    """
+    try:
+        old = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return
+    if any(old.get(name, value) != value for name, value in given.items()):
+        raise ValueError(
+            f"{file} is of other pictures or masks, or they mean something else there: choose "
+            "another folder with --out, or remove it"
+        )
 
 
 def run(options: Options) -> None:
@@ -252,51 +289,22 @@ def run(options: Options) -> None:
     model, size = trained.predictor(
         flips=options.flips, window=options.window, progress=True, mesh=mesh
     )
-    n = len(source)
     mask_format = format_of(options, trained, source)
     image_format = options.ranges.apply(trained.image_format)
-    names = [*shifts.SHIFTS] if options.shifted else []
-    shifted = {each: shifts.Shifted(source, each, mask_format, image_format) for each in names}
-    parts = None
-    if options.negatives:
-        with program.task(f"looking for parts without an object in {n} pictures"):
-            parts = negatives.Negatives(source, mask_format, image_format)
-
-    def scored(
-        pictures: Sequence[dict[str, Any]],
-        mask_format: MaskFormat,
-        image_format: ImageFormat = image_format,
-    ) -> Iterator[Scores]:
-        for batch in score(
-            model,
-            trained.variables,
-            pictures,
-            size,
-            mask_format,
-            image_format,
-            batch_size=settings.batch_size,
-            loss_fn=trained.loss_fn,
-            tolerance=TOLERANCE,
-            threshold=options.threshold,
-            mesh=mesh,
-        ):
-            yield batch
-            bar.update(len(batch.name))
-
-    total = n * (1 + len(shifted)) + len(parts or ())
-    print(f"predicting {total} pictures, after compiling", flush=True)
-    with tqdm(total=total, unit=" pictures", leave=False, disable=None) as bar:
-        batches = list(scored(source, mask_format))
-        counts_shifted = {
-            name: counts_of(scored(each, each.mask_format)) for name, each in shifted.items()
-        }
-        claims = None
-        if parts is not None:
-            found = counts_of(scored(parts, parts.mask_format, parts.image_format))
-            claims = negatives.summary(parts, found)
-    names = mask_format.learned
-    scores, counts, reliability = report(batches, names)
-    fingerprint = data.fingerprint(source)
+    given = {
+        "images": images.to_json(image_format),
+        "masks": formats.to_json(mask_format),
+        "fingerprint": data.fingerprint(source),
+    }
+    window = model.window if size is None else None
+    stem = stem_of(options, trained, what, window, image_format)
+    check_replaced(out / f"{stem}.json", given)
+    read: dict[str, Any] = {"mask_format": mask_format, "image_format": image_format}
+    how = {"loss_fn": trained.loss_fn, "threshold": options.threshold, "tolerance": TOLERANCE}
+    how |= {"batch_size": settings.batch_size, "mesh": mesh}
+    scored = partial(score, model, trained.variables, size=size, **how)
+    batches, sections = score_all(options, scored, source, **read)
+    scores, counts, reliability = report(batches, mask_format.learned)
     content = {
         "what": what,
         "dataset": settings.dataset if options.images is None else str(options.images),
@@ -307,51 +315,36 @@ def run(options: Options) -> None:
         "flips": options.flips,
         "threshold": options.threshold,
         "image_size": settings.image_size if size else None,
-        "window": model.window if size is None else None,
-        "images": images.to_json(image_format),
-        "masks": formats.to_json(mask_format),
-        "fingerprint": fingerprint,
+        "window": window,
+        **given,
         "cost": cost(model, trained.variables, batches),
         "surface_dice_tolerance": TOLERANCE,
         **scores,
     }
     if "ensemble" in trained.config:
         content["ensemble"] = trained.config["ensemble"]
-    if shifted:
-        content["shifted"] = shifts.summary(counts, counts_shifted)
-    if claims is not None:
-        content["negatives"] = claims
+    content |= sections
     if trained.checkpoint == "best" and on_validation:
         print("note: the best checkpoint was chosen on these very images")
-    if options.images is None and trained.fingerprints.get(what) != fingerprint:
+    if options.images is None and trained.fingerprints.get(what) != given["fingerprint"]:
         print("warning: these are not the pictures that the run was started with", file=sys.stderr)
     dice = metrics.dice(counts).mean(-1)
     order = np.argsort(-dice, kind="stable")
-    chosen = [int(order[i]) for i in (0, n // 2, -1)]
+    chosen = [int(order[i]) for i in (0, len(source) // 2, -1)]
     shown = [f"{scores['own_size']['images'][i]['name']} (Dice {dice[i]:.3f})" for i in chosen]
-    stem = f"evaluation-{what}" + ("" if trained.checkpoint == "best" else f"-{trained.checkpoint}")
-    stem += "-flips" if options.flips else ""
-    if options.window is not None:
-        stem += "-window-" + "x".join(map(str, model.size))
-    stem += f"-threshold-{options.threshold:g}" if options.threshold != 0.5 else ""
-    stem += "-ranged" if image_format != trained.image_format else ""
-    stem += "-shifted" if shifted else ""
-    stem += "-negatives" if options.negatives else ""
     out.mkdir(parents=True, exist_ok=True)
     runs.write_atomically(out / f"{stem}.json", json.dumps(content, indent=2) + "\n")
     captions = [f"{word}: {each}" for word, each in zip(WORDS, shown, strict=True)]
-    how: dict[str, Any] = {"mask_format": mask_format, "image_format": image_format}
-    how["threshold"] = options.threshold
-    sheet = {c: panels(batches, source, i, **how) for c, i in zip(captions, chosen, strict=True)}
-    classes, written = (), ".png and -reliability.png"
-    if trained.model.num_classes > 1:
-        classes = mask_format.names
-    if trained.model.num_classes > 1 and not mask_format.overlapping:
-        matrix = np.array(scores["own_size"]["confusion_matrix"])
-        draw.save_confusion(out / f"{stem}-confusion.png", matrix, names)
-        written = ".png, -confusion.png and -reliability.png"
-    draw.save_sheet(out / f"{stem}.png", sheet, classes)
+    drawn = partial(panels, batches, source, threshold=options.threshold, **read)
+    sheet = {caption: drawn(i) for caption, i in zip(captions, chosen, strict=True)}
+    several = mask_format.channels > 1
+    draw.save_sheet(out / f"{stem}.png", sheet, mask_format.names if several else ())
     draw.save_reliability(out / f"{stem}-reliability.png", reliability)
+    written = ".png and -reliability.png"
+    if several and not mask_format.overlapping:
+        matrix = np.array(scores["own_size"]["confusion_matrix"])
+        draw.save_confusion(out / f"{stem}-confusion.png", matrix, mask_format.names)
+        written = ".png, -confusion.png and -reliability.png"
     page = report_html(
         title=f"{settings.recipe} on {content['dataset']}, {what}",
         config=trained.config,
@@ -367,6 +360,49 @@ def run(options: Options) -> None:
     print(f"written: {out / stem}.json, {written}")
     print(f"the pictures: {(out / stem).as_uri()}.png")
     print(f"the report: {report_file.as_uri()}")
+
+
+def score_all(
+    options: Options,
+    scored: Callable[..., Iterator[Scores]],
+    source: Sequence[dict[str, Any]],
+    mask_format: MaskFormat,
+    image_format: ImageFormat,
+) -> tuple[list[Scores], dict[str, Any]]:
+    """The scores of the pictures, and the parts `shifted` and `negatives` of the report.
+
+    Args:
+        options: say which of the two are asked for.
+        scored: `score` of a source, mask format and image format.
+        source: the pictures.
+        mask_format, image_format: what their values mean.
+    """
+    names = shifts.SHIFTS if options.shifted else ()
+    shifted = {name: shifts.Shifted(source, name, mask_format, image_format) for name in names}
+    parts = None
+    if options.negatives:
+        with program.task(f"looking for parts without an object in {len(source)} pictures"):
+            parts = negatives.Negatives(source, mask_format, image_format)
+    total = len(source) * (1 + len(shifted)) + len(parts or ())
+    print(f"predicting {total} pictures, after compiling", flush=True)
+    sections: dict[str, Any] = {}
+    with tqdm(total=total, unit=" pictures", leave=False, disable=None) as bar:
+
+        def shown(
+            source: Any, mask_format: MaskFormat, image_format: ImageFormat = image_format
+        ) -> Iterator[Scores]:
+            for batch in scored(source, mask_format=mask_format, image_format=image_format):
+                yield batch
+                bar.update(len(batch.name))
+
+        batches = list(shown(source, mask_format))
+        if shifted:
+            counts = {name: counts_of(shown(x, x.mask_format)) for name, x in shifted.items()}
+            sections["shifted"] = shifts.summary(counts_of(batches), counts)
+        if parts is not None:
+            claims = counts_of(shown(parts, parts.mask_format, parts.image_format))
+            sections["negatives"] = negatives.summary(parts, claims)
+    return batches, sections
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

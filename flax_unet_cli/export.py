@@ -69,8 +69,9 @@ def run(options: Options) -> None:
     if options.out is not None:
         if (options.out / "config.json").exists():
             raise ValueError(f"{options.out} is the workdir of a run: choose another folder")
-        if (options.out / "model.json").exists():
-            raise FileExistsError(f"{options.out / 'model.json'} exists: choose another folder")
+        for name in ("model.json", "weights.npz", "weights.safetensors", "LICENSE"):
+            if (options.out / name).exists():
+                raise FileExistsError(f"{options.out / name} exists: choose another folder")
         if options.safetensors:
             safetensors_file.import_save()  # refused before anything is made
         runs.check_writable(options.out)

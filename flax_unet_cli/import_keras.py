@@ -30,9 +30,9 @@ class Options:
     """Height and width of the images that it was trained on, one number for squares."""
     features: tuple[int, ...] = ARTICLE.features
     """Channels per level, if they are not the tutorial's; the last is the bottleneck."""
-    divisor: float = 256.0
-    """What the network in Keras divides pixel values from 0 to 255 by; 255 if it took images in
-    [0, 1]."""
+    divisor: float | None = None
+    """What the network in Keras divides pixel values from 0 to 255 by, by default 256 as in the
+    tutorial; 255 if it took images in [0, 1]. Needed if the file shows that no layer divides."""
 
 
 def run(options: Options) -> None:

@@ -69,6 +69,7 @@ for name in sys.argv[1:]:
 
 def report(workdir: Path | None = None) -> Iterator[str]:
     """The lines of the report. A part that fails is its error."""
+    workdir = workdir and workdir.expanduser()
     parts: dict[str, Callable[[], str]] = {
         "flax-unet": lambda: f"{flax_unet.__version__}, in {Path(flax_unet.__file__).parent}",
         "python": lambda: f"{platform.python_version()}, in {sys.prefix}",
@@ -79,13 +80,13 @@ def report(workdir: Path | None = None) -> Iterator[str]:
         "cache": cache,
         "environment": environment,
     }
-    if workdir is not None and not workdir.expanduser().is_dir():
+    if workdir is not None and not workdir.is_dir():
         parts["workdir"] = lambda: f"there is no folder {workdir}"
     elif workdir is not None and (workdir / "cross-validation.json").is_file():
         parts["workdir"] = lambda: f"{workdir}, a cross-validation: name one of its folds"
     elif workdir is not None:
         parts |= {
-            "workdir": lambda: str(workdir.expanduser().absolute()),
+            "workdir": lambda: str(workdir.absolute()),
             "settings": lambda: settings(workdir),
             "network": lambda: _pairs(config(workdir)["model"]),
             "data": lambda: data(workdir),

@@ -300,7 +300,7 @@ def _segment_all(plan: results.Plan, context: Context, table: Table) -> list[str
             probas = _predict(waiting, context)
             shared = (time.perf_counter() - start) / len(group)
             for task, error in group:
-                start, row = time.perf_counter() - shared, []
+                start = time.perf_counter() - shared
                 try:
                     if error is not None:
                         raise error

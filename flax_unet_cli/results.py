@@ -215,7 +215,7 @@ def columns(names: Sequence[str], overlapping: bool) -> list[str]:
 
     Args:
         names: of the channels of the probabilities.
-        overlapping: whether their classes are.
+        overlapping: whether the classes may overlap.
     """
     each = []
     for i, name in enumerate(names):
@@ -243,8 +243,8 @@ def measure(
         mask: from `classes.decide`.
         proba: float32 [H, W, K].
         names: of the K channels.
-        overlapping: whether the classes are.
-        most: rows for each class at most; `BOXES` or more. The largest objects have some.
+        overlapping: whether the classes may overlap.
+        most: rows for each class, at least `BOXES`: those of the largest objects. None for all.
 
     Returns:
         For each class its pixels, their fraction of the image, and, but for the background, the

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -190,7 +191,7 @@ def prepare(options: Options) -> Prepared:
         print(f"each batch is split over {mesh.size} devices{of}", flush=True)
     begun = recorded = None
     if checkpoint.exists(workdir / "checkpoints"):  # a run keeps what it found out about its data
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # `check_workdir` reports it
             begun = runs.recorded_config(workdir)
             places = replace(places, split_by=begun["places"]["split_by"])
             recorded = images.from_json(begun["images"])
@@ -269,7 +270,10 @@ def restore(
         print(f"resuming after step {int(state.step)}")
         done = int(state.step) // -(-pictures.n // settings.batch_size)
         content["settings"]["epochs"] = max(done, settings.epochs)
-    assert state is not None
+    if state is None:
+        raise checkpoint.CheckpointError(
+            f"no checkpoint in {workdir} can be read: the same command begins the run again"
+        )
     text = json.dumps(content, indent=2) + "\n"
     processes.first(lambda: runs.write_atomically(workdir / "config.json", text))
     progress["config"] = content
@@ -354,10 +358,8 @@ def load_crops(
     else:
         with program.task(f"loading {len(source)} pictures of train"):
             resident = crops.load(source, **formats, padding=frame[1], pictures=seen["train"])
-        batches, arrays = (
-            partial(crops.batches, resident, cut, settings.batch_size),
-            resident.arrays,
-        )
+        batches = partial(crops.batches, resident, cut, settings.batch_size)
+        arrays = resident.arrays
     with program.task(f"loading {len(validation)} pictures of validation"):
         tiles = crops.whole(validation, settings.size, **formats, pictures=seen["validation"])
     return Pictures(len(cut), batches, arrays, tiles, seen)
@@ -678,7 +680,7 @@ def epoch_line(history: list[dict[str, Any]], chosen: str, epochs: int, ends: li
         ends: when training and each of its epochs ended, in seconds; the first epoch compiles.
     """
     line, name = history[-1], f"val_{chosen}"
-    seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    seconds = [after - before for before, after in pairwise(ends)]
     left = (epochs - line["epoch"]) * statistics.median(seconds[1:] or seconds)
     remaining = f", {tqdm.format_interval(left)} left" if left else ""
     saved = [each for each in history if each.get("saved", True)]

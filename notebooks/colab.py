@@ -280,7 +280,8 @@ elif not OWN_PICTURES:
 # are of one patient, and so on.
 
 # %%
-folders = f"--dataset folder --images {own}/images --masks {own}/masks"
+images, masks = (shlex.quote(str(own / name)) for name in ("images", "masks"))
+folders = f"--dataset folder --images {images} --masks {masks}"
 run(f"train --workdir {RUNS}/own {folders} --dry-run")
 # run(f"train --workdir {RUNS}/own {folders} {network}")
 

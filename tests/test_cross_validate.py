@@ -137,6 +137,7 @@ def test_the_table_has_the_scores_of_the_last_states_on_pictures_they_did_not_se
     low, high = content["all_images"]["dice"]["interval"]
     assert f"| 18 | {together[:, 0].mean():.3f} ({low:.3f} to {high:.3f}) |" in text
     assert f"| {means[:, 0].mean():.3f} ± {means[:, 0].std(ddof=1):.3f} |" in text
+    assert "means over its classes" not in text and content["classes"] == ["foreground"]
 
 
 def test_scores_of_several_classes_are_means_over_them():
@@ -228,6 +229,26 @@ def test_folds_of_other_ranges_are_refused_before_any_is_trained(
     assert re.search(words, capsys.readouterr().err)
 
 
+def test_a_fold_that_finds_another_range_is_refused_before_the_next(
+    root, workdir, tmp_path, monkeypatch, capsys
+):
+    copied, trained = tmp_path / "folds", []
+    shutil.copytree(workdir, copied)
+
+    def complete(options):
+        trained.append(options.places.workdir.name)
+        file = options.places.workdir / "config.json"
+        config = json.loads(file.read_text())
+        config["images"] = config["images"] | {"high": [float(len(trained))]}
+        file.write_text(json.dumps(config))
+        return 0
+
+    monkeypatch.setattr(train, "complete", complete)
+    assert cross(root, copied) == 1
+    assert re.search("fold-1 and .*fold-0 were trained with other images", capsys.readouterr().err)
+    assert trained == ["fold-0", "fold-1"]
+
+
 @pytest.mark.parametrize("which", ["best", "latest"])
 def test_a_fold_that_was_trained_further_makes_the_ensemble_out_of_date(workdir, tmp_path, which):
     copied = tmp_path / "folds"
@@ -298,6 +319,7 @@ def test_the_folder_is_a_model_the_ensemble_of_the_folds(root, workdir, tmp_path
     assert evaluate.main(["--workdir", str(workdir), "--out", str(tmp_path)]) == 0
     output = capsys.readouterr()
     assert "not the pictures" not in output.err and "images, ensemble of 3, best" in output.out
+    assert "ensemble of 3, best checkpoint" in (tmp_path / "report-test.html").read_text()
     report = json.loads((tmp_path / "evaluation-test.json").read_text())
     assert report["ensemble"] == [str(workdir / f"fold-{i}") for i in range(K)]
     names = splits(workdir / "fold-0")[0]["test"]

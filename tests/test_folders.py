@@ -257,12 +257,22 @@ def test_a_file_gives_the_splits_and_others_are_left_out(tmp_path, form):
         ('{"train": ["a"], "test": ["a"]}', "'a' is in two splits"),
         ("[]", "give .*as JSON"),
         ("{", "give .*as JSON"),
+        ('{"train": [0, 1], "test": [2]}', "0 in 'train': write both as text, in quotes"),
+        ('{"a": {"x": 1}}', "'a' in {'x': 1}: write both as text"),
     ],
 )
 def test_a_split_file_that_does_not_fit_is_refused(tmp_path, content, words):
     (tmp_path / "splits.json").write_text(content)
     with pytest.raises(DataError, match=words):
         splits_of(["a", "b"], split_file=tmp_path / "splits.json")
+
+
+def test_a_split_file_of_a_spreadsheet_may_have_a_mark_and_empty_rows(tmp_path):
+    (file := tmp_path / "splits.csv").write_text("\ufeffname,split\na,train\n,\n\nb,test\n")
+    assert splits_of(["a", "b"], split_file=file) == {"a": "train", "b": "test"}
+    file.write_text("a,train\n,train\n")
+    with pytest.raises(DataError, match="splits.csv: give .*'' in 'train': write both as text"):
+        splits_of(["a", "b"], split_file=file)
 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path):

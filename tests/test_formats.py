@@ -192,6 +192,7 @@ def test_a_declared_foreground_and_threshold():
         ({"names": ["a", "b"], "foreground": [1]}, "give only one of"),
         ({"ignore": [1], "threshold": 3.0}, "does not go with --mask-threshold"),
         ({"foreground": [1], "ignore": [1]}, "the value 1 is declared twice"),
+        ({"ignore": [0]}, "the value 0 is declared twice"),
         ({"names": ["a"]}, "--classes a: give at least two names"),
         ({"names": ["a", "a"]}, "there are 1 classes"),
     ],
@@ -199,6 +200,13 @@ def test_a_declared_foreground_and_threshold():
 def test_declarations_that_contradict_each_other_are_refused(declared, words):
     with pytest.raises(DataError, match=words):
         formats.find(source(TWO[0].astype(np.uint8)), **declared)
+
+
+@pytest.mark.parametrize("value", ["1.0", "null", '{"a": 1}', '"#gg0000"'])
+def test_a_file_of_classes_whose_values_are_no_values_is_refused(tmp_path, value):
+    (file := tmp_path / "classes.json").write_text(f'{{"rest": 0, "cell": {value}}}')
+    with pytest.raises(DataError, match=f"--classes {file}: give at least two names, or a text"):
+        formats.find(source(TWO[0].astype(np.uint8)), names=[str(file)])
 
 
 def test_a_white_background_must_be_declared():

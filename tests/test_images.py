@@ -9,7 +9,7 @@ import pytest
 from drawn import encode, rgb
 from PIL import Image
 
-from flax_unet import formats, images
+from flax_unet import formats, images, pictures
 from flax_unet.images import RGB, ImageFormat
 from flax_unet.pictures import DataError, open_content, open_picture, resize_image
 
@@ -163,6 +163,13 @@ def test_percentiles_are_those_of_each_channel():
     found = images.find(source(npy(array)), percentiles=(0, 100))
     image = read(npy(array), found)
     assert (image.min((0, 1)) == 0).all() and (image.max((0, 1)) == 1).all()
+
+
+def test_a_later_page_that_is_too_large_is_not_read(monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
+    small, large = np.zeros((1, 1), np.uint8), np.zeros((30, 20), np.uint8)
+    with pytest.raises(DataError, match="20 x 30 pixels"):
+        open_content(tiff(small, large), "eye")
 
 
 def test_pages_are_channels_if_that_is_declared():

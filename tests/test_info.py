@@ -90,8 +90,9 @@ def test_the_cache_is_that_of_the_programs(quick, capsys):
     )
 
 
-def test_a_run_is_described(quick, run, capsys):
-    info.main(["--workdir", str(run)])
+def test_a_run_is_described(quick, run, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(run.parent))
+    info.main([f"--workdir=~/{run.name}"])
     found = parts(capsys.readouterr().out)
     assert found["settings"] == "recipe=strong seed=0"
     assert "77 pictures" in found["data"] and '"polyp"' in found["data"]

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM end a program at once, in one line, until there are steps to save."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-TRAIN = Path(__file__).parent.parent / "experiments" / "train.py"
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+TRAIN = EXPERIMENTS / "train.py"
 FLAGS = "--dataset synthetic_polyps --image-size 32 --features 4 8 --epochs 500".split()
 
 
@@ -47,3 +49,38 @@ def test_a_signal_after_it_saves_the_state_and_a_second_one_does_not_wait(tmp_pa
         program.send_signal(signal.SIGINT)
         program.communicate(timeout=30)
     assert program.returncode == 128 + signal.SIGINT
+
+
+#: In place of Python: a process that says how many signals it gets within a second of the first.
+STUB = """#!/usr/bin/env bash
+[ "$1" = -c ] && exec "$REAL" "$@"
+exec "$REAL" -uc '
+import os, signal, time
+numbers = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: numbers.append(number))
+os.write(1, b"ready\\n")  # in one piece
+while not numbers:
+    time.sleep(0.01)
+time.sleep(1)
+os.write(1, b"signals: %d\\n" % len(numbers))
+raise SystemExit(128 + numbers[0])'
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_two_processes_get_a_signal_once_and_are_waited_for(number, tmp_path):
+    (stub := tmp_path / "python").write_text(STUB)
+    stub.chmod(0o700)
+    with subprocess.Popen(
+        [EXPERIMENTS / "two_processes.sh"],
+        env=os.environ | {"PYTHON": str(stub), "REAL": sys.executable},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as program:
+        assert [program.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+        os.killpg(program.pid, number)  # as a terminal does
+        rest = program.communicate(timeout=30)[0]
+    assert rest.splitlines() == ["signals: 1"] * 2
+    assert program.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM)

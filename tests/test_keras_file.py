@@ -423,6 +423,44 @@ def test_another_scale_of_the_pixels(tmp_path, settings, divisor):
     read_weights(write(tmp_path / "model.keras", layers), MODEL, divisor=255)
 
 
+@pytest.mark.parametrize("keras", [2, 3])
+def test_a_division_must_be_by_the_divisor(tmp_path, keras):
+    """As `x / 255` of a functional model is saved."""
+    form = {2: "h5", 3: "keras"}[keras]
+
+    def saved(function, value):
+        described = config(network(3), keras)
+        layer = described["config"]["layers"][1]
+        layer["class_name"] = {2: "TFOpLambda", 3: "TrueDivide"}[keras]
+        layer["config"] = {"name": layer["name"]} | ({"function": function} if keras == 2 else {})
+        node = layer["inbound_nodes"][0]
+        node[0][3].update(y=value) if keras == 2 else node["args"].append(value)
+        return write(tmp_path / f"model.{form}", described=described)
+
+    path = saved("math.truediv", 127.5)
+    refused(path, "lambda_34", "give 127.5")
+    refused(path, "give 127.5", divisor=255)
+    read_weights(path, MODEL, divisor=127.5)
+    if keras == 2:
+        refused(saved("math.subtract", 1.0), "lambda_34 is math.subtract")
+
+
+def test_a_second_scaling_is_refused(tmp_path):
+    layers = network(3)
+    layers.insert(2, ["Lambda", "again", [layers[1][1]], {}, None])
+    layers[3][2] = ["again"]
+    refused(write(tmp_path / "model.keras", layers), "again (Lambda) scales the pixels again")
+
+
+def test_the_divisor_must_be_given_if_the_network_divides_nothing(tmp_path):
+    layers = network(3)
+    del layers[1]
+    layers[1][2] = ["input_1"]
+    path = write(tmp_path / "model.keras", layers)
+    refused(path, "none of its layers divides the pixels", "divisor 255")
+    read_weights(path, MODEL, divisor=255)
+
+
 def test_a_function_in_the_middle_is_refused_and_none_is_unpickled(tmp_path, monkeypatch):
     def loads(*_):
         raise AssertionError("a function was read")

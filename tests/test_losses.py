@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 
-from flax_unet.losses import bce, bce_soft_dice, soft_dice
+from flax_unet.losses import bce, bce_soft_dice, cross_entropy, soft_dice
 
 
 @pytest.fixture
@@ -16,6 +16,12 @@ def pair():
 
 def test_bce_equals_the_float64_reference(pair):
     np.testing.assert_allclose(bce(*pair), reference.bce(*pair), rtol=1e-6)
+
+
+def test_the_cross_entropy_of_one_channel_is_refused():
+    one = jnp.ones((1, 2, 2, 1))
+    with pytest.raises(ValueError, match="of one channel is always 0: use bce"):
+        cross_entropy(one, one)
 
 
 def test_bce_of_known_probabilities():

@@ -148,7 +148,10 @@ def test_a_model_is_loaded_as_it_was_saved_up_to_the_rounding_of_its_kernels(tmp
 def test_a_model_is_never_overwritten_and_never_has_infinite_weights(tmp_path):
     saved = packed()
     pack.save(tmp_path / "a", saved)
-    with pytest.raises(FileExistsError, match="choose another folder"):
+    with pytest.raises(FileExistsError, match=r"model.json exists: choose another folder"):
+        pack.save(tmp_path / "a", saved)
+    (tmp_path / "a" / "model.json").unlink()
+    with pytest.raises(FileExistsError, match=r"weights.npz exists: choose another folder"):
         pack.save(tmp_path / "a", saved)
     saved.variables["params"]["head"]["kernel"] = np.full((2, 2, 4, 1), 1e6, np.float32)
     with pytest.raises(

@@ -325,6 +325,25 @@ def test_other_versions_are_a_warning(folders, short, capsys):
     assert "warning" in error and "jax: 0.0.1 ->" in error
 
 
+def test_a_config_with_more_than_this_version_knows_is_refused(folders, short, capsys):
+    config = json.loads((short / "config.json").read_text())
+    config["images"]["bits"] = 8
+    (short / "config.json").write_text(json.dumps(config))
+    assert train.main(arguments(folders, short, epochs=2)) == 1
+    assert "holds a run with other settings (bits: 8 -> " in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_run_none_of_whose_checkpoints_can_be_read_begins_again(folders, short, capsys):
+    for file in short.glob("checkpoints/*/_CHECKPOINT_METADATA"):
+        file.write_text("[]")
+    assert train.main(arguments(folders, short, epochs=1)) == 1
+    words = f"no checkpoint in {short} can be read: the same command begins the run again"
+    assert words in capsys.readouterr().err
+    assert train.main(arguments(folders, short, epochs=1)) == 0
+    assert len(lines(short)) == 1
+
+
 def test_other_data_is_refused(folders, short, tmp_path, capsys):
     other = tmp_path / "other"
     for part in ("images", "masks"):
@@ -913,6 +932,15 @@ def test_a_size_that_the_network_does_not_take_is_not_exported(
         assert words in capsys.readouterr().err and not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "weights.npz", "weights.safetensors", "model.json"])
+def test_an_export_replaces_no_file(one_epoch, tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    assert export.main(["--workdir", str(one_epoch), "--out", str(tmp_path)]) == 1
+    assert f"{tmp_path / name} exists: choose another folder" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_without_safetensors_nothing_is_exported(one_epoch, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     out = tmp_path / "model"
@@ -1405,14 +1433,28 @@ def test_overlapping_classes_from_separate_files_to_report_and_masks(tmp_path, c
 
     # Other pictures of the same layout.
     flags = ["--workdir", workdir, "--images", root / "images", "--masks", root / "masks"]
-    for more in ([], ["--foreground", "255"]):  # what the values mean may be declared again
-        assert evaluate.main([*map(str, flags), "--out", str(out), *more]) == 0
+    assert evaluate.main([*map(str, flags), "--out", str(out)]) == 0
+    more = ["--foreground", "255"]  # what the values mean may be declared again
+    assert evaluate.main([*map(str, flags), "--out", str(out / "again"), *more]) == 0
     report = json.loads((out / f"evaluation-folder-{root.name}-images.json").read_text())
     assert report["masks"]["separate"] and report["images"]["channels"] == 3
     one = ["--mask-files", "one", "--masks", str(root / "masks/disc")]
     assert evaluate.main([*map(str, flags[:4]), "--out", str(out), *one]) == 1
     words = "the masks have one class against the background, and the model 2 overlapping classes"
     assert words in capsys.readouterr().err
+
+
+def test_a_model_of_one_mask_per_picture_is_scored_on_a_file_per_class(folders, short, tmp_path):
+    shutil.copytree(folders / "masks", tmp_path / "masks" / "disc")
+    reports = []
+    for masks, more in ((folders, []), (tmp_path, ["--mask-files", "class", "--classes", "disc"])):
+        flags = ["--workdir", str(short), "--images", str(folders / "images"), "--masks"]
+        out = tmp_path / f"out-{len(more)}"
+        assert evaluate.main([*flags, str(masks / "masks"), "--out", str(out), *more]) == 0
+        [file] = out.glob("*.json")
+        reports.append(json.loads(file.read_text()))
+    assert reports[1]["masks"]["names"][1] == "disc"
+    assert reports[0]["own_size"]["images"] == reports[1]["own_size"]["images"]
 
 
 def test_a_class_without_a_mask_file_is_refused(folders, tmp_path, capsys):
@@ -1450,8 +1492,11 @@ def test_evaluation_of_masks_with_other_values_needs_a_flag(folders, short, tmp_
     assert evaluate.main([*flags, "--foreground", "7"]) == 0
     file = short / f"evaluation-folder-{folders.name}-images.json"
     report = json.loads(file.read_text())
-    assert evaluate.main([*flags[:5], str(folders / "masks")]) == 0
-    same = json.loads(file.read_text())
+    assert evaluate.main([*flags[:5], str(folders / "masks")]) == 1  # has the same name
+    assert "is of other pictures or masks" in capsys.readouterr().err
+    assert json.loads(file.read_text()) == report
+    assert evaluate.main([*flags[:5], str(folders / "masks"), "--out", str(tmp_path)]) == 0
+    same = json.loads((tmp_path / file.name).read_text())
     assert report["own_size"] == same["own_size"] and report["dice_pooled"] == same["dice_pooled"]
     assert evaluate.main([*flags, "--classes", "a", "b", "c", "d", "e", "f", "g", "h"]) == 1
     words = "the masks have 8 exclusive classes, and the model one class against the background"

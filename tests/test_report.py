@@ -142,6 +142,12 @@ def test_what_is_missing_is_left_out(kind):
     text = report_html(**whole | {"evaluation": None})
     assert re.search(r"Dice</dt><dd><data value=\"0.16\d*\">", text) and "id=confusion" not in text
     assert "id=curves" in text and "id=data" in text
+    history = [record | {"epoch": i} for i, record in enumerate([whole["history"][0]] * 2)]
+    history[0] = history[0] | {"val_dice_per_image": 0.9, "val_dice_pooled": 0.1}
+    history[1] = history[1] | {"val_dice_per_image": 0.2, "val_dice_pooled": 0.8}
+    for part, best in (({}, 0), ({"model": {"num_classes": 3}}, 1), ({"settings": {"crop": 8}}, 1)):
+        text = report_html(**whole | {"evaluation": None, "history": history, "config": part})
+        assert f"in epoch {best}, the best one" in text
     overlapping = whole["evaluation"] | {"own_size": whole["evaluation"]["own_size"] | {}}
     overlapping["own_size"]["confusion_matrix"] = []
     assert "id=confusion" not in report_html(**whole | {"evaluation": overlapping})

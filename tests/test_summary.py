@@ -51,6 +51,12 @@ def test_overlapping_classes_are_looked_at_in_their_own_channels():
     assert train["classes"]["small"]["fraction"] == pytest.approx(401 / 2400)
 
 
+def test_pixels_of_overlapping_classes_that_do_not_count_are_not_background():
+    mask = np.stack([spots((0, 0, 30, 40)), spots((5, 5, 20, 20))], -1)
+    mask[50:] = IGNORE
+    assert facts_of(mask, (12, 8)).pixels == {"0": 2400 - 1200 - 400, "1": 1200, "2": 400}
+
+
 def test_a_summary_has_fractions_pictures_and_what_was_lost():
     masks = [spots((0, 0, 30, 40)), spots((5, 5, 1, 1)), spots()]
     known = [facts_of(mask, (6, 4)) for mask in masks]

@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,18 @@ def test_windows_cover_an_axis_with_the_overlap_that_is_asked_for(window, overla
         assert all(start % stride == 0 for start in starts)
         assert all(0 < b - a <= step for a, b in zip(starts, starts[1:], strict=False))
         assert len(starts) <= 1 + max(0, math.ceil((size - window + stride - 1) / step))
+
+
+@pytest.mark.parametrize("overlap", ["0", "0.1", "0.3", "0.5", "0.7", "0.75", "0.8", "0.9"])
+def test_windows_start_as_far_apart_as_the_overlap_and_the_stride_allow(overlap):
+    for side in range(2, 400, 2):
+        most = side * (1 - Fraction(overlap))
+        if most < MODEL.stride:
+            with pytest.raises(ValueError, match=f"cannot overlap by {overlap}, .* multiples of 2"):
+                Tiled(MODEL, side, float(overlap))
+        else:
+            step = most // MODEL.stride * MODEL.stride
+            assert Tiled(MODEL, (side, 400), float(overlap)).steps[0] == step
 
 
 def test_windows_are_where_nnu_net_puts_them():
