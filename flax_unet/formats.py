@@ -458,8 +458,10 @@ def _read_table(file: Path) -> dict[str, Any]:
 
 def _values(entry: Any) -> list[Value]:
     """The values in an entry of a table: a number, a colour, or a list of them."""
-    if isinstance(entry, int):
+    if type(entry) is int:
         return [entry]
     if isinstance(entry, str):
         return [_unpacked(int(entry.removeprefix("#"), 16))]
-    return [value for each in entry for value in _values(each)]
+    if isinstance(entry, list):
+        return [value for each in entry for value in _values(each)]
+    raise ValueError(f"{entry!r} is neither a number nor a colour")

@@ -18,16 +18,14 @@ import zipfile
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from flax_unet import hdf5_file
 from flax_unet.hdf5_file import Node
-from flax_unet.model import ARTICLE, UNet
+from flax_unet.model import ARTICLE, UNet, variable_shapes
 
 #: Settings of Keras layers that our network shares; a file may leave out a default.
 CONVOLUTION = {"data_format": "channels_last", "dilation_rate": [1, 1]}
@@ -82,7 +80,7 @@ def read_weights(
         raise ValueError("the model is not like the tutorial's: see read_weights")
     if divisor is not None and not 1 <= divisor <= 2**16:
         raise ValueError(f"divisor is {divisor}: it must be from 1 to 65536")
-    expected = _shapes(model)
+    expected = variable_shapes(model)
     # With the state of an optimizer: Adam's is twice the weights.
     most = 5 * 4 * sum(map(math.prod, expected.values())) + 2**24
     with Path(path).open("rb") as stream:
@@ -93,13 +91,6 @@ def read_weights(
     first = next(_layers(model)).name
     arrays[f"{first}/kernel"] *= np.float32(255 / (divisor or DIVISOR))
     return {"params": unflatten_dict(arrays, sep="/")}
-
-
-def _shapes(model: UNet) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters by their paths."""
-    image = jnp.zeros((1, model.stride, model.stride, 3))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-    return {name: x.shape for name, x in cast(Any, flatten_dict(shapes, sep="/")).items()}
 
 
 def _all(stream: Any, most: int) -> bytes:
@@ -160,7 +151,7 @@ def _read(
             ours = f"{layer}/{part}"
             # A transposed convolution has [s, s, out, in] in Keras, and [s, s, in, out] here.
             swap = part == "kernel" and layer.startswith("upsample")
-            arrays[ours] = _array(f"the {part} of {name}", weight, expected[ours], swap)
+            arrays[ours] = _array(f"the {part} of {name}", weight, expected[f"params/{ours}"], swap)
     return arrays
 
 

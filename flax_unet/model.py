@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
+from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
 from flax_unet import cpu
@@ -231,6 +232,13 @@ def space_to_depth(x: jax.Array, size: int) -> jax.Array:
     b, h, w, c = x.shape
     x = x.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3)
     return x.reshape(b, h // size, w // size, -1)
+
+
+def variable_shapes(model: Any, channels: int = 3) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network's variables by path, such as "params/head/kernel"."""
+    image = jnp.zeros((1, model.stride, model.stride, channels))
+    flat: Any = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image), sep="/")
+    return {name: x.shape for name, x in flat.items()}
 
 
 def accepted(function: Any, **options: Any) -> dict[str, Any]:

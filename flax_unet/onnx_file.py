@@ -15,14 +15,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 import flax_unet
 from flax_unet import efficientnet
-from flax_unet.model import BatchNorm, GroupNorm, UNet
+from flax_unet.model import BatchNorm, GroupNorm, UNet, variable_shapes
 
 if TYPE_CHECKING:
     import onnx
@@ -270,11 +268,9 @@ def _checked(model: Any, variables: Any, channels: int) -> dict[str, np.ndarray]
             raise ValueError(
                 f"{type(module).__name__} cannot be written as ONNX, only {known.__name__} can"
             )
-    image = jnp.zeros((1, model.stride, model.stride, channels))
-    expected = jax.eval_shape(model.init, jax.random.key(0), image)
     flat: Any = flatten_dict(dict(variables), sep="/")
     shapes = {name: np.shape(x) for name, x in flat.items()}
-    wanted = {name: x.shape for name, x in cast(Any, flatten_dict(expected, sep="/")).items()}
+    wanted = variable_shapes(model, channels)
     if different := sorted(dict(shapes.items() ^ wanted.items())):
         name = different[0]
         raise ValueError(

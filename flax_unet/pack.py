@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_unet.efficientnet import Encoder, Variant
-from flax_unet.model import UNet
+from flax_unet.model import UNet, variable_shapes
 
 #: Attributes of a `UNet` that determine what it computes.
 ATTRIBUTES = {f.name for f in dataclasses.fields(UNet)} - {"parent", "name", "remat"}
@@ -235,16 +234,10 @@ def _shapes(model: UNet, found: dict[str, tuple[int, ...]]) -> dict[str, tuple[i
     The sizes that depend on the channels grow linearly with them.
     """
 
-    def of(channels: int) -> dict[str, tuple[int, ...]]:
-        image = jnp.zeros((1, model.stride, model.stride, channels))
-        variables = jax.eval_shape(model.init, jax.random.key(0), image)
-        flat = cast(dict[str, Any], flatten_dict(variables, sep="/"))
-        return {name: leaf.shape for name, leaf in flat.items()}
-
-    one, two = of(1), of(2)
+    one, two = variable_shapes(model, 1), variable_shapes(model, 2)
     for name in one:
         if one[name] != two[name]:
             size, more = math.prod(one[name]), math.prod(two[name]) - math.prod(one[name])
             channels = 1 + (math.prod(found.get(name, one[name])) - size) // more
-            return of(min(max(channels, 1), LARGEST_SIDE))
+            return variable_shapes(model, min(max(channels, 1), LARGEST_SIDE))
     return one

@@ -168,7 +168,7 @@ def test_percentiles_are_those_of_each_channel():
 def test_a_later_page_that_is_too_large_is_not_read(monkeypatch):
     monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
     small, large = np.zeros((1, 1), np.uint8), np.zeros((30, 20), np.uint8)
-    with pytest.raises(DataError, match="20 x 30 pixels"):
+    with pytest.raises(DataError, match="20 x 30 x 2 pixels, more than 1,000"):
         open_content(tiff(small, large), "eye")
 
 
