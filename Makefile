@@ -32,7 +32,7 @@ test-all: .venv/installed-dev
 # that has them.
 test-peers: .venv-peers/installed
 	.venv-peers/bin/pytest tests/test_boundary.py tests/test_metrics.py tests/test_efficientnet.py tests/test_tiles.py \
-	  tests/test_coming_from.py
+	  tests/test_coming_from.py tests/test_keras_file.py
 
 # The documentation as a site, in site/.
 docs: .venv/installed-docs

@@ -64,10 +64,25 @@ def test_no_key_is_consumed_twice():
         augment.random_blur,
         augment.random_noise,
         augment.random_cutout,
+        augment.random_light,
+        augment.random_jpeg,
     )
     image, mask = images(2)
     with jax.debug_key_reuse(True):
         jax.jit(augmentation)(jax.random.key(0), image, mask)
+
+
+@pytest.mark.parametrize(
+    "name", ["random_light", "random_blur", "random_noise", "random_cutout", "random_jpeg"]
+)
+def test_changes_of_some_images_depend_on_the_key_and_on_no_other_image(name):
+    change = getattr(augment, name)
+    image, mask = (x.repeat(64, 0) for x in images(1, (16, 16)))
+    first, other = (np.asarray(change(jax.random.key(s), image, mask)[0]) for s in (0, 1))
+    assert (first != other).any((1, 2, 3)).sum() > 16
+    assert len({x.tobytes() for x in first}) > 8
+    alone, _ = change(jax.random.key(0), image[:1], mask[:1])
+    np.testing.assert_allclose(first[:1], alone, atol=1e-6)
 
 
 @each_augmentation

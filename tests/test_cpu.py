@@ -1,7 +1,7 @@
 """The CPU's formulations equal the plain ones, and each platform gets its own."""
 
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +185,7 @@ def convolutions(text):
     ]
 
 
+@cache
 def traced_step(model, size, tx=TX, loss_fn=losses.bce, augment=None):
     """A training step, traced for no platform in particular."""
     create = partial(train.create_train_state, model, tx, image_shape=(1, size, size, 3))

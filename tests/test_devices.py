@@ -168,12 +168,6 @@ def near(value, name):
     return pytest.approx(value, abs=0.01) if "dice" in name else pytest.approx(value, rel=1e-5)
 
 
-def test_a_run_on_several_devices_is_that_on_one(folders, alone, tmp_path, capsys):
-    assert train_program.main(flags(folders, tmp_path / "run", 4, 4)) == 0
-    assert "each batch is split over 4 devices" in capsys.readouterr().out
-    check_same_run(tmp_path / "run", alone)
-
-
 @pytest.mark.parametrize("crop", [False, True])
 def test_pictures_that_take_half_of_the_memory_are_streamed(
     folders, alone, tmp_path, crop, monkeypatch, capsys
@@ -191,11 +185,22 @@ def test_pictures_that_take_half_of_the_memory_are_streamed(
     check_same_run(tmp_path / "runTrue", tmp_path / "runFalse")
 
 
-def test_a_run_goes_on_with_another_number_of_devices(folders, alone, tmp_path):
-    workdir = tmp_path / "run"
+def test_a_run_that_goes_on_with_another_number_of_devices_is_that_on_one(
+    folders, alone, tmp_path, monkeypatch, capsys
+):
+    workdir, places, fit = tmp_path / "run", [], train_program.fit
+
+    def spy(model, tx, loss_fn, state, *args, **kwargs):
+        places.append({len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)})
+        return fit(model, tx, loss_fn, state, *args, **kwargs)
+
+    monkeypatch.setattr(train_program, "fit", spy)
     for n, epochs in ((4, 1), (1, 2), (3, 3), (4, 4)):
         assert train_program.main(flags(folders, workdir, n, epochs)) == 0
+    assert places == [{4}, {1}, {3}, {4}]
+    assert "each batch is split over 4 devices" in capsys.readouterr().out
     check_same_run(workdir, alone)
+    assert runs.load_model(workdir).settings.epochs == 4
 
 
 def test_a_state_saved_by_four_devices_is_restored_bit_for_bit(tmp_path):
@@ -242,21 +247,6 @@ def test_scores_of_a_source_on_several_devices(folders):
         )
         found.append([x for batch in batches for x in batch.result["confusion"].tp.ravel()])
     assert found[0] == found[1] and len(found[0]) == 35  # five batches of 7, with their padding
-
-
-def test_the_state_of_a_program_is_on_all_devices(folders, tmp_path, monkeypatch):
-    places = []
-    fit = train_program.fit
-
-    def spy(model, tx, loss_fn, state, *args, **kwargs):
-        places.append({len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)})
-        return fit(model, tx, loss_fn, state, *args, **kwargs)
-
-    monkeypatch.setattr(train_program, "fit", spy)
-    assert train_program.main(flags(folders, tmp_path / "run", 4, 1)) == 0
-    assert train_program.main(flags(folders, tmp_path / "run", 4, 2)) == 0  # restored
-    assert places == [{4}, {4}]
-    assert runs.load_model(tmp_path / "run").settings.epochs == 2
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (8, 8)])

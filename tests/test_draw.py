@@ -155,3 +155,14 @@ def test_overlapping_classes_are_drawn_with_the_last_on_top():
     np.testing.assert_array_equal(draw.flat(mask), [[0, 1, 2, 2, 2, 0]])
     index = np.array([[[3], [0], [255]]], np.uint8)
     np.testing.assert_array_equal(draw.flat(index), [[3, 0, 255]])
+
+
+def test_the_confusion_matrix_is_in_percent_of_each_true_class(tmp_path, figures):
+    matrix = np.array([[3, 1, 0], [2, 2, 4], [0, 0, 0]])
+    draw.save_confusion(tmp_path / "c.png", matrix, ("a", "b", "c"))
+    axes = figures[0].axes[0]
+    texts = {tuple(map(int, t.get_position())): t.get_text() for t in axes.texts}  # (column, row)
+    rows = [[texts[j, i] for j in range(3)] for i in range(3)]
+    assert rows == [["75", "25", "0"], ["25", "25", "50"], ["0", "0", "0"]]
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true", "predicted")
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b", "c"]

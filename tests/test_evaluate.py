@@ -349,3 +349,13 @@ def test_of_equally_good_thresholds_the_one_closest_to_a_half_is_the_best():
     assert evaluate.best_threshold(thresholds)[0] == 0.5
     thresholds[0, 0, 70] = 1  # a false positive up to 0.69
     assert evaluate.best_threshold(thresholds)[0] == 0.7
+
+
+def test_a_mask_that_vanishes_in_resizing_is_counted_and_missed_at_its_own_size_alone():
+    mask = np.zeros((64, 64), np.uint8)
+    mask[30, 30] = 255
+    source = [{"name": "a", "image": png(np.zeros((64, 64, 3), np.uint8)), "mask": png(mask)}]
+    for size, lost, dice in ((16, 1, 1), (64, 0, 0)):
+        content, *_ = evaluate.report(list(evaluate.score(Bright(), {}, source, size)))
+        assert (content["masks_that_lost_a_class"], content["dice_per_image"]) == (lost, dice)
+        assert content["own_size"]["images"][0]["dice"] == 0

@@ -298,3 +298,12 @@ def test_the_same_folder_twice_needs_a_way_to_tell_masks_from_images(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(DataError, match="is given for images and for masks.*--mask-suffix"):
         FolderSource(tmp_path, tmp_path)
+
+
+def test_a_split_or_a_file_of_classes_that_does_not_exist_is_refused(tmp_path):
+    write(tmp_path, "images/a.png", "masks/a.png")
+    both = tmp_path / "images", tmp_path / "masks"
+    with pytest.raises(DataError, match="there is no split 'val': choose one of train"):
+        FolderSource(*both, "val")
+    with pytest.raises(DataError, match="gone.txt: it cannot be read"):
+        FolderSource(*both, mask_files="class", classes=[str(tmp_path / "gone.txt")])

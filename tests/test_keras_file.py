@@ -668,6 +668,10 @@ def test_the_program_writes_a_model(tmp_path, capsys):
     )
     assert import_keras.main(flags) == 1
     assert "exists" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").touch()
+    flags[2] = str(tmp_path / "run")
+    assert import_keras.main(flags) == 1 and "is the workdir of a run" in capsys.readouterr().err
 
 
 def test_the_program_says_what_does_not_match(tmp_path, capsys):

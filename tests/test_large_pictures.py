@@ -149,7 +149,7 @@ def test_predict_works_in_windows_and_with_onnx_runtime_the_same(folders, run, t
     assert capsys.readouterr().out.count("4 of 4 pictures segmented") == 2
 
 
-def test_a_run_is_exported_in_all_forms_at_once(run, tmp_path):
+def test_a_run_is_exported_in_all_forms_at_once(run, tmp_path, capsys):
     files = ["--onnx", str(tmp_path / "a.onnx"), "--stablehlo", str(tmp_path / "a.stablehlo")]
     folder = ["--out", str(tmp_path / "a"), "--safetensors"]
     assert export.main(["--workdir", str(run), *folder, *files]) == 0
@@ -165,10 +165,18 @@ def test_a_run_is_exported_in_all_forms_at_once(run, tmp_path):
         model.apply({}, image)
     metadata = {key: json.loads(model.metadata[key]) for key in ("window", "image_size")}
     assert metadata == {"window": [32, 32], "image_size": None}
-    assert export.main(["--workdir", str(run), "--safetensors"]) == 1
-    same = str(tmp_path / "same")
-    assert export.main(["--workdir", str(run), "--onnx", same, "--stablehlo", same]) == 1
-    assert not (tmp_path / "same").exists()
+    same, other = str(tmp_path / "same"), str(tmp_path / "other.onnx")
+    for more, words in (
+        (["--safetensors", "--onnx", other], "--safetensors needs --out FOLDER"),
+        (["--onnx", same, "--stablehlo", same], "cannot be both ONNX and StableHLO"),
+        (
+            ["--out", same, "--image-size", "64"],
+            "a model of crops takes pictures at their own size",
+        ),
+    ):
+        assert export.main(["--workdir", str(run), *more]) == 1
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "same").exists() and not (tmp_path / "other.onnx").exists()
     again = ["--workdir", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--safetensors"]
     assert export.main(again) == 0
     assert runs.load_model(tmp_path / "b").settings.crop == 32

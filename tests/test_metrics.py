@@ -159,3 +159,8 @@ def test_bootstrap_intervals_of_columns_equal_those_of_single_columns():
     values = np.random.default_rng(0).random((50, 3)) ** np.array([1, 2, 3])
     expected = [metrics.bootstrap_interval(column) for column in values.T]
     np.testing.assert_allclose(metrics.bootstrap_interval(values), expected, rtol=0, atol=1e-12)
+
+
+def test_probabilities_and_labels_of_other_shapes_have_no_reliability():
+    with pytest.raises(ValueError, match="must have the same shape"):
+        metrics.reliability(np.zeros((2, 3)), np.zeros((3, 2)))

@@ -32,7 +32,7 @@ from flax_unet import checkpoint, data, fit, formats, runs
 from flax_unet.evaluate import evaluate as evaluate_arrays
 from flax_unet.model import UNet
 from flax_unet.predict import Mirrored
-from flax_unet.recipes import RECIPES, Adam, AdamW, Recipe
+from flax_unet.recipes import RECIPES, Adam, AdamW, Recipe, configure
 from flax_unet_cli import (
     __main__,
     ablate,
@@ -220,6 +220,7 @@ def test_a_run_killed_at_any_moment_ends_like_an_uninterrupted_one(folders, undi
     finish(start(folders, workdir))
     assert parameters(workdir) == parameters(straight)
     assert lines(workdir) == lines(straight)
+    assert not list(workdir.rglob("*.part"))
     # A new run and a resumed one share the compiled step.
     assert len(list((folders / "compiled").glob("jit_train_step-*-cache"))) == 1
     assert (workdir / "demo" / "notes.txt").read_text() == "mine"
@@ -732,8 +733,8 @@ def test_evaluation_needs_only_the_workdir(undisturbed, capsys):
     report = json.loads((workdir / "evaluation-test.json").read_text())
     low, high = report["dice_per_image_interval"]
     assert 0.5 < low < report["dice_per_image"] < high <= 1
-    output = capsys.readouterr().out
-    assert f"{report['dice_per_image']:.4f}" in output and "warning" not in output
+    output, error = capsys.readouterr()
+    assert f"{report['dice_per_image']:.4f}" in output and "not the pictures" not in error
     assert report["split"] == "test" and report["checkpoint"] == "best"
     dice = {line["step"]: line["val_dice_per_image"] for line in lines(workdir)}
     assert dice[report["step"]] == max(dice.values()) > dice[min(dice)]
@@ -1481,6 +1482,27 @@ def test_a_run_with_other_classes_is_refused(discs_and_squares, tmp_path, capsys
     assert "names: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("weights", "k", "facts", "words"),
+    [
+        ("frequency", 1, [{"0": 5}], "--class-weights needs exclusive classes"),
+        ("frequency", 3, None, "does not go with --stream: give numbers"),
+        ("frequency", 3, [{"0": 5, "2": 1}], "class 1 is in no training mask"),
+        ((1.0, 2.0), 3, None, "there are 2 class weights for 3 classes"),
+        ((1.0, 2.0, 3.0), 3, None, None),
+    ],
+)
+def test_class_weights_must_fit_the_classes(weights, k, facts, words):
+    recipe = configure(RECIPES["strong"], num_classes=k)
+    masks = facts and SimpleNamespace(facts=[SimpleNamespace(resized=x) for x in facts])
+    use = recipe, runs.Settings(class_weights=weights), SimpleNamespace(train=masks)
+    if words is None:
+        assert train.with_class_weights(*use).class_weight == weights
+        return
+    with pytest.raises(ValueError, match=words):
+        train.with_class_weights(*use)
+
+
 def test_evaluation_of_masks_with_other_values_needs_a_flag(folders, short, tmp_path, capsys):
     other = tmp_path / "masks"
     other.mkdir()
@@ -1503,6 +1525,21 @@ def test_evaluation_of_masks_with_other_values_needs_a_flag(folders, short, tmp_
     assert words in capsys.readouterr().err
     assert evaluate.main(["--workdir", str(short), "--foreground", "7"]) == 1
     assert "need --images" in capsys.readouterr().err
+
+
+def test_evaluation_takes_suffixes_and_another_range(folders, short, tmp_path):
+    (tmp_path / "masks").mkdir()
+    for file in (folders / "masks").iterdir():
+        shutil.copy(file, tmp_path / "masks" / f"{file.stem}_m.png")
+    flags = ["--workdir", str(short), "--out", str(tmp_path / "out")]
+    others = ["--images", str(folders / "images"), "--masks", str(tmp_path / "masks")]
+    assert evaluate.main([*flags, *others, "--mask-suffix", "_m"]) == 0
+    [file] = (tmp_path / "out").glob("evaluation-folder-*.json")
+    number = len(list((folders / "images").iterdir()))
+    assert json.loads(file.read_text())["n_images"] == number
+    assert evaluate.main([*flags, "--value-range", "10", "200"]) == 0
+    report = json.loads((tmp_path / "out" / "evaluation-test-ranged.json").read_text())
+    assert (report["images"]["low"], report["images"]["high"]) == ([10.0], [200.0])
 
 
 def test_a_model_of_a_known_data_set_is_evaluated_on_other_files(folders, tmp_path):

@@ -1,5 +1,6 @@
 """A run's folder and the model in it. Nothing is trained: `make_run` saves an initial state."""
 
+import errno
 import json
 import os
 import shutil
@@ -94,6 +95,8 @@ def test_the_defaults_are_the_tutorials():
         ({"image_size": 33}, "image_size 33 is not a multiple of 32"),
         ({"image_size": 32}, "leaves one pixel in the bottleneck"),
         ({"features": ()}, "give one to six positive numbers"),
+        ({"fold": (2, 2)}, "fold is 2 2: give I K"),
+        ({"fold": (0, 1)}, "fold is 0 1: give I K"),
         ({"encoder": "lite0"}, "encoder is lite0, but this recipe has none"),
         ({"encoder": "lite0", "recipe": "strong"}, "encoder is lite0, but this recipe has none"),
     ],
@@ -430,6 +433,9 @@ def test_an_exported_model_is_loaded_like_its_run(run, tmp_path):
     assert packed.places == Places(tmp_path / "model")
     same = ("settings", "model", "loss_fn", "fingerprints")
     assert all(getattr(packed, part) == getattr(trained, part) for part in same)
+    pack.save(tmp_path / "other", pack.Packed(trained.model, trained.variables, 32, about))
+    with pytest.raises(ValueError, match="its image_size is 32 and 16"):
+        runs.load_model(tmp_path / "other")
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
@@ -482,3 +488,15 @@ def test_a_packed_model_of_another_program_is_named(tmp_path, about):
     pack.save(tmp_path, pack.Packed(model, variables, 16, about))
     with pytest.raises(ValueError, match=f"{tmp_path} is of another version or program"):
         runs.load_model(tmp_path)
+
+
+def test_a_workdir_that_cannot_be_locked_is_a_warning(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match="cannot be locked .*train only once in it at a time"):
+        with runs.locked(tmp_path) as check:
+            check()
