@@ -8,22 +8,35 @@ from pathlib import Path
 
 import pytest
 
+import tfds_kvasir
+
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 TRAIN = EXPERIMENTS / "train.py"
 FLAGS = "--dataset synthetic_polyps --image-size 32 --features 4 8 --epochs 500".split()
 
 
-def start(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with the data set."""
+    folder = tmp_path_factory.mktemp("data")
+    tfds_kvasir.sources("synthetic_polyps", data_dir=folder)
+    return folder
+
+
+def start(tmp_path, monkeypatch, data_dir):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
-    places = ["--workdir", str(tmp_path / "run"), "--data-dir", str(tmp_path / "data")]
+    places = ["--workdir", str(tmp_path / "run"), "--data-dir", str(data_dir)]
     command = [sys.executable, "-u", TRAIN, *places, *FLAGS]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["opening synthetic_polyps", "compiling"])
-def test_a_signal_before_the_first_step_ends_the_program(moment, number, tmp_path, monkeypatch):
-    with start(tmp_path, monkeypatch) as program:
+def test_a_signal_before_the_first_step_ends_the_program(
+    moment, number, tmp_path, monkeypatch, prepared
+):
+    data_dir = tmp_path / "data" if moment.startswith("opening") else prepared
+    with start(tmp_path, monkeypatch, data_dir) as program:
         while moment not in program.stdout.readline():
             assert program.poll() is None
         program.send_signal(number)
@@ -33,8 +46,10 @@ def test_a_signal_before_the_first_step_ends_the_program(moment, number, tmp_pat
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
-def test_a_signal_after_it_saves_the_state_and_a_second_one_does_not_wait(tmp_path, monkeypatch):
-    with start(tmp_path, monkeypatch) as program:
+def test_a_signal_after_it_saves_the_state_and_a_second_one_does_not_wait(
+    tmp_path, monkeypatch, prepared
+):
+    with start(tmp_path, monkeypatch, prepared) as program:
         while "epoch 1/500" not in program.stdout.readline():
             assert program.poll() is None
         program.send_signal(signal.SIGTERM)
@@ -42,7 +57,7 @@ def test_a_signal_after_it_saves_the_state_and_a_second_one_does_not_wait(tmp_pa
     assert program.returncode == 128 + signal.SIGTERM
     assert "SIGTERM: the state is saved; run the same command again" in rest
     assert list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
-    with start(tmp_path, monkeypatch) as program:
+    with start(tmp_path, monkeypatch, prepared) as program:
         while "resuming after step" not in program.stdout.readline():
             assert program.poll() is None
         program.send_signal(signal.SIGINT)
