@@ -148,6 +148,24 @@ def test_variables_are_read_without_the_optimizer(tmp_path, norm, averaged):
     assert devices == {jax.devices()[0]}
 
 
+def test_checkpoints_of_version_0_2_0_are_ranked_by_their_metrics(tmp_path):
+    dice = {1: 0.9, 2: 0.3}
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        for step, value in dice.items():
+            checkpoint.save(checkpoints, random_state(step), {"at": step}, dice=value)
+    for step, value in dice.items():
+        file = tmp_path / str(step) / "_CHECKPOINT_METADATA"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"custom_metadata": {}}))
+        (tmp_path / str(step) / "metrics").mkdir()
+        (tmp_path / str(step) / "metrics" / "metrics").write_text(json.dumps({"dice": value}))
+    with checkpoint.open_checkpoints(tmp_path, read_only=True) as checkpoints:
+        for which, step in (("best", 1), ("latest", 2)):
+            assert checkpoint.restore(checkpoints, abstract(), which)[1] == {"at": step}
+            found, at = checkpoint.restore_variables(checkpoints, abstract_variables(MODEL), which)
+            assert at == step
+            assert_equal(found, random_state(step).variables)
+
+
 def old_layout(folder, state):
     """Save a state as version 0.1.0 did: without the item `variables`, and without checksums."""
     with checkpoint.open_checkpoints(folder) as checkpoints:
