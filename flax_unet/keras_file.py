@@ -331,5 +331,8 @@ def _check_scaling(name: str, described: dict[str, Any], divisor: float) -> None
 
 def _operand(nodes: Any) -> float:
     """What an operation divides its tensor by, as Keras 2 or 3 writes it."""
-    node = nodes[0]
-    return float(node["args"][1] if isinstance(node, dict) else node[0][3]["y"])
+    try:
+        node = nodes[0]
+        return float(node["args"][1] if isinstance(node, dict) else node[0][3]["y"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError("a layer divides the pixels, and does not say by what") from error

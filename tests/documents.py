@@ -1,7 +1,9 @@
 """Documents and their code blocks, which the tests run as a user would, with short trainings."""
 
+import importlib
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -99,10 +101,22 @@ def needs_kvasir(code: str) -> bool:
     return "kvasir_seg" in code or (trains and "--dataset" not in code)
 
 
+def check_flags(code: str) -> None:
+    """Parse the commands of a block, and run none."""
+    for line in code.replace("\\\n", "").splitlines():
+        program, *words = shlex.split(line, comments=True) or [""]
+        if program == "flax-unet":
+            module = importlib.import_module(f"flax_unet_cli.{words[0].replace('-', '_')}")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(module, "run", lambda options: 0)
+                assert module.main(words[1:]) == 0, line
+
+
 def skip_without_kvasir(code: str, user: User) -> None:
     """Name the archive to the user's programs if a block needs it, or skip the test."""
     if not needs_kvasir(code):
         return
     if "KVASIR_SEG_ZIP" not in os.environ:
+        check_flags(code)
         pytest.skip("KVASIR_SEG_ZIP is not set to the archive")
     user[1]["KVASIR_SEG_ZIP"] = str(Path(os.environ["KVASIR_SEG_ZIP"]).resolve())

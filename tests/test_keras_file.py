@@ -441,6 +441,7 @@ def test_a_division_must_be_by_the_divisor(tmp_path, keras):
     refused(path, "lambda_34", "give 127.5")
     refused(path, "give 127.5", divisor=255)
     read_weights(path, MODEL, divisor=127.5)
+    refused(saved("math.truediv", None), "does not say by what")
     if keras == 2:
         refused(saved("math.subtract", 1.0), "lambda_34 is math.subtract")
 
