@@ -89,7 +89,7 @@ def open_content(data: bytes | Path, name: str, *, decode: bool = True) -> Conte
         if several:
             pages = []
             for page in ImageSequence.Iterator(picture):
-                _check_size(page.width, page.height, frames)  # each may have a size of its own
+                _check_size(page.width, page.height, frames)  # pages may differ in size
                 pages.append(page.copy())
             return pages
         if decode:

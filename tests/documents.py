@@ -102,7 +102,7 @@ def needs_kvasir(code: str) -> bool:
 
 
 def check_flags(code: str) -> None:
-    """Parse the commands of a block, and run none."""
+    """Check that the flags of a block's commands exist, without running the commands."""
     for line in code.replace("\\\n", "").splitlines():
         program, *words = shlex.split(line, comments=True) or [""]
         if program == "flax-unet":
