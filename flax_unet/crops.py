@@ -337,7 +337,7 @@ def whole(
     images, masks, names = ([x for each in part for x in each] for part in tiles)
     content = data.fingerprint(source, pictures)
     both = np.stack(images), np.stack(masks)
-    return data.Arrays(*both, names, content, mask_format, facts, image_format, tiles=True)
+    return data.Arrays(*both, names, content, mask_format, facts, image_format, decoded=True)
 
 
 def _parts(size: int, side: int) -> list[tuple[int, int]]:

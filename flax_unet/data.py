@@ -56,7 +56,8 @@ class Arrays(NamedTuple):
         mask_format: what the values of the mask files meant.
         facts: what each mask held at its own size, for a summary; N, or none.
         image_format: channels and range of the pictures.
-        tiles: whether the images are tiles of pictures, in whose masks some pixels do not count.
+        decoded: whether the masks were read by `mask_format`: 255 can only mean that a pixel does
+            not count.
     """
 
     image: np.ndarray | jax.Array
@@ -66,7 +67,7 @@ class Arrays(NamedTuple):
     mask_format: MaskFormat = formats.BINARY
     facts: Sequence[Facts] = ()
     image_format: ImageFormat = images.RGB
-    tiles: bool = False
+    decoded: bool = False
 
 
 def decode_pair(
@@ -223,7 +224,7 @@ def load(
                 both = content_of["image"], content_of["mask"]
                 # NumPy compares no checksum if the shape that it reads is too small.
                 if archive.testzip() is None and len(names) == len(source):
-                    stored = Arrays(*both, names, content, mask_format, known, image_format)
+                    stored = Arrays(*both, names, content, mask_format, known, image_format, True)
         except Exception:  # missing, or damaged, of which zipfile and NumPy raise a dozen kinds
             pass  # decode again
     if all(processes.each(lambda: stored is not None)):
@@ -235,7 +236,7 @@ def load(
 
     resized, masks, names, known = zip(*map_all(decode, range(len(source))), strict=True)
     stacked = np.stack(resized), np.stack(masks)
-    arrays = Arrays(*stacked, list(names), content, mask_format, known, image_format)
+    arrays = Arrays(*stacked, list(names), content, mask_format, known, image_format, True)
     if file is not None and processes.first_of_host():
         part = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.part")
         try:
@@ -264,13 +265,13 @@ def decode_resized(
     return image, resize_mask(mask, size), example["name"], mask
 
 
-def check(image: Any, mask: Any, *, tiles: bool = False) -> None:
+def check(image: Any, mask: Any, *, decoded: bool = False) -> None:
     """Raise ValueError if images or masks in memory have other values than they should have.
 
     Args:
         image: uint8, or float in [0, 1].
         mask: see `classes.check_mask`; not one of 0 and 255, which is a common form of 0 and 1.
-        tiles: whether such masks are possible: those of tiles without an object.
+        decoded: whether such masks are possible, see `Arrays`.
     """
     if image.dtype != np.uint8 and not ((image >= 0) & (image <= 1)).all():
         raise ValueError(
@@ -278,7 +279,7 @@ def check(image: Any, mask: Any, *, tiles: bool = False) -> None:
             "uint8, or float in [0, 1]"
         )
     classes.check_mask(mask)
-    if not tiles and mask.dtype != bool and mask.max() == (ignore := classes.IGNORE):
+    if not decoded and mask.dtype != bool and mask.max() == (ignore := classes.IGNORE):
         if classes.largest_counted(mask) == 0:
             raise ValueError(
                 f"the mask has no values but 0 and {ignore}, and {ignore} means that a pixel does "
@@ -317,7 +318,7 @@ def batches(
     Raises:
         ValueError: the images or masks have values that no network can be trained on.
     """
-    check(arrays.image, arrays.mask, tiles=arrays.tiles)
+    check(arrays.image, arrays.mask, decoded=arrays.decoded)
     order = np.arange(len(arrays.image)) if order is None else order
     for start in range(0, len(order), batch_size):
         index, weight = pad(order[start : start + batch_size], batch_size)

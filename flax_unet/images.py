@@ -5,6 +5,7 @@ picture. A picture that contradicts the format is an error: nothing is guessed f
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
@@ -132,6 +133,13 @@ def _read(picture: Content, image_format: ImageFormat, name: str) -> np.ndarray:
     low, high = np.array(image_format.low), np.array(image_format.high)
     if image_format.percentiles is not None:
         low, high = np.percentile(exact, image_format.percentiles, axis=(0, 1))
+    elif (exact > high + (high - low)).mean() > 0.5:
+        warnings.warn(
+            f"{name}: more than half of it becomes white, because its values are up to "
+            f"{values.max():g} and the images should have {image_format}: say which values are "
+            "black and white with --value-range LOW HIGH, or use --percentiles",
+            stacklevel=2,
+        )
     scaled = (exact - low.astype(exact.dtype)) / np.where(high > low, high - low, 1)
     return np.clip(scaled, 0, 1).astype(np.float32)
 

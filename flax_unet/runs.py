@@ -481,6 +481,12 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(f"{existing} is read-only: choose another folder than {folder}")
 
 
+def check_no_run(folder: Path) -> None:
+    """Raise ValueError if a folder for a model is the workdir of a run or of a cross-validation."""
+    if (folder / "config.json").exists() or (folder / CROSS_VALIDATION).exists():
+        raise ValueError(f"{folder} is the workdir of a run: choose another folder")
+
+
 def _check_unused(workdir: Path, save_every: int) -> None:
     if (workdir / "model.json").exists():
         raise ValueError(f"{workdir} holds an exported model: choose another --workdir")
@@ -714,11 +720,15 @@ def load_model(folder: str | os.PathLike, which: checkpoint.Which = "best") -> T
     Raises:
         FileNotFoundError: the folder holds neither a run nor a model, or does not exist.
         CheckpointError: the checkpoint is missing or damaged.
-        ValueError: the config.json or the model cannot be read, the folder holds both, or the name
-            is also that of a folder here.
+        ValueError: the config.json or the model cannot be read, the folder holds several of these,
+            or the name is also that of a folder here.
     """
     folder = zoo.folder(folder)
     if (folder / CROSS_VALIDATION).is_file():
+        if (folder / "model.json").exists():
+            raise ValueError(
+                f"{folder} holds a cross-validation and an exported model: move one of them away"
+            )
         return ensemble([load_model(fold, which) for fold in folds_in(folder)])
     packed = pack.load(folder) if (folder / "model.json").is_file() else None
     if packed is not None and (folder / "config.json").exists():

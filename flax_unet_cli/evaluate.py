@@ -98,6 +98,12 @@ def open_split(
     given = options.meaning.classes or names
     if (options.images is None) != (options.masks is None):
         raise DataError("give both --images and --masks, or neither")
+    if options.images is None and (
+        options.mask_files or options.image_suffix or options.mask_suffix
+    ):
+        raise DataError("--mask-files, --image-suffix and --mask-suffix need --images and --masks")
+    if options.images is not None and options.split != Options.split:
+        raise DataError(f"--images has no splits: leave out --split {options.split}")
     if options.images is not None and options.masks is not None:
         source = data.FolderSource(
             options.images,
@@ -131,7 +137,7 @@ def format_of(
     """What the values of the masks mean: as in training, unless they are other files.
 
     Raises:
-        ValueError: it is not clear, or the number of classes is not the model's.
+        ValueError: it is not clear, or the classes are not the model's.
     """
     known = trained.mask_format
     if options.meaning != MaskFlags():
@@ -151,6 +157,14 @@ def format_of(
         ours = _classes(found.channels, found.overlapping)
         theirs = _classes(model.num_classes, model.overlapping)
         raise DataError(f"the masks have {ours}, and the model {theirs}")
+    if trained.mask_format is not None and found.names != (names := trained.mask_format.names):
+        if sorted(found.names) == sorted(names):
+            raise DataError(
+                f"the model's classes are {' '.join(names)}, in this order: give --classes in it; "
+                "which values they have, a JSON or CSV file says"
+            )
+        pairs = zip(found.learned, trained.mask_format.learned, strict=True)
+        print("scored in this order: " + ", ".join(f"{ours} as {theirs}" for ours, theirs in pairs))
     return found
 
 
@@ -261,7 +275,8 @@ def check_replaced(file: Path, given: dict[str, Any]) -> None:
     """Compare a new report with the one that it would replace.
 
     Raises:
-        ValueError: that one is of other pictures or masks, or they mean something else there.
+        ValueError: that one is of another model, of other pictures or masks, or they mean something
+            else there.
     """
     try:
         old = json.loads(file.read_text())
@@ -269,8 +284,8 @@ def check_replaced(file: Path, given: dict[str, Any]) -> None:
         return
     if any(old.get(name, value) != value for name, value in given.items()):
         raise ValueError(
-            f"{file} is of other pictures or masks, or they mean something else there: choose "
-            "another folder with --out, or remove it"
+            f"{file} is of another model, of other pictures or masks, or they mean something else "
+            "there: choose another folder with --out, or remove it"
         )
 
 
@@ -298,6 +313,8 @@ def run(options: Options) -> None:
     }
     window = model.window if size is None else None
     stem = stem_of(options, trained, what, window, image_format)
+    if options.out is not None:  # a folder that reports of several models may be written to
+        given["model"] = str(options.workdir)
     check_replaced(out / f"{stem}.json", given)
     read: dict[str, Any] = {"mask_format": mask_format, "image_format": image_format}
     how = {"loss_fn": trained.loss_fn, "threshold": options.threshold, "tolerance": TOLERANCE}
@@ -328,6 +345,13 @@ def run(options: Options) -> None:
         print("note: the best checkpoint was chosen on these very images")
     if options.images is None and trained.fingerprints.get(what) != given["fingerprint"]:
         print("warning: these are not the pictures that the run was started with", file=sys.stderr)
+    rows = scores["own_size"]["images"]  # of several classes the table says which are in no mask
+    if mask_format.channels == 1 and not any(row["foreground_fraction"] for row in rows):
+        print(
+            f"warning: none of the {len(source)} masks has an object, of {mask_format}: if some "
+            "do, say which values with --foreground",
+            file=sys.stderr,
+        )
     dice = metrics.dice(counts).mean(-1)
     order = np.argsort(-dice, kind="stable")
     chosen = [int(order[i]) for i in (0, len(source) // 2, -1)]

@@ -44,7 +44,7 @@ class Options:
     calibrate: bool = False
     """Divide the logits by the temperature that fits the run's validation pictures best, so that
     probabilities say how often they are right; masks keep all but a few pixels of an outline. The
-    temperature and the calibration error are printed and recorded."""
+    temperature and the calibration error are printed, and recorded in --out and --onnx."""
     onnx: Path | None = None
     """ONNX file to create: one graph for any batch, height and width; pip install
     'flax-unet[onnx]'. Its metadata say what the classes and the values of images are."""
@@ -67,8 +67,7 @@ def run(options: Options) -> None:
     if options.out is None and options.safetensors:
         raise ValueError("--safetensors needs --out FOLDER")
     if options.out is not None:
-        if (options.out / "config.json").exists():
-            raise ValueError(f"{options.out} is the workdir of a run: choose another folder")
+        runs.check_no_run(options.out)
         for name in ("model.json", "weights.npz", "weights.safetensors", "LICENSE"):
             if (options.out / name).exists():
                 raise FileExistsError(f"{options.out / name} exists: choose another folder")
@@ -151,6 +150,7 @@ def onnx_bytes(options: Options, trained: runs.Trained) -> bytes:
     about["window"] = size if crops else None
     about |= images.to_json(image_format)
     about |= {"terms": trained.terms} if trained.terms else {}
+    about |= {k: v for k, v in trained.config.items() if k == "calibration"}
     made = onnx_file.to_onnx(
         trained.network("--onnx"),
         trained.variables,

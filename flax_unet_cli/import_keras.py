@@ -36,8 +36,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    if (options.out / "config.json").exists():
-        raise ValueError(f"{options.out} is the workdir of a run: choose another folder")
+    runs.check_no_run(options.out)
     runs.check_writable(options.out)
     settings = runs.Settings(
         recipe="article",

@@ -223,6 +223,10 @@ def run(options: Options) -> int:
         raise ValueError(f"threshold is {options.threshold}: it must be in [0, 1)")
     runs.check_writable(options.out)
     context = _load(options)
+    if context.several and not context.overlapping and options.threshold != Options.threshold:
+        raise ValueError(
+            "the most probable class is predicted, so there is no threshold: leave out --threshold"
+        )
     tables: dict[str, Sequence[str]] = {"predictions.csv": [*PICTURE, *context.columns, "seconds"]}
     if options.objects:
         tables["objects.csv"] = OBJECT

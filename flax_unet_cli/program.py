@@ -76,6 +76,12 @@ def _run(run: Callable[[Any], int | None], flags: Any) -> int:
             processes.lost(error)
         if isinstance(error, ValueError | OSError | FloatingPointError | ModuleNotFoundError):
             print(f"error: {error}", file=sys.stderr)
+        elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            print(
+                "error: there is too little memory: a smaller --batch-size, --image-size or "
+                f"--window needs less ({str(error).partition(chr(10))[0]})",
+                file=sys.stderr,
+            )
         elif processes.count() == 1:
             raise
         else:

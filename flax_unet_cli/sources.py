@@ -33,6 +33,20 @@ def open_sources(settings: Settings, places: Places, classes: Sequence[str] = ()
     return folds.split(sources, *settings.fold, places.group)
 
 
+def check_used(settings: Settings, places: Places) -> None:
+    """Refuse flags that have no effect on the data set; older versions took them.
+
+    Raises:
+        DataError: there is one.
+    """
+    if settings.protocol != Settings.protocol and protocol(settings) is None:
+        raise DataError("--protocol needs --dataset kvasir_seg")
+    if places.split_by != Places.split_by and (settings.dataset != "folder" or places.split_file):
+        raise DataError("--split-by needs --dataset folder, without --split-file")
+    if places.data_dir is not None and settings.dataset == "folder":
+        raise DataError("--data-dir is for data sets of TFDS: leave it out")
+
+
 def _open(settings: Settings, places: Places, classes: Sequence[str]) -> Sources:
     """The splits of the data set itself."""
     folder = ("images", "masks", "image_suffix", "mask_suffix", "split_file", "group")

@@ -16,7 +16,13 @@ from flax_unet.efficientnet import imagenet
 from flax_unet.evaluate import evaluate
 from flax_unet.fit import fit
 from flax_unet.recipes import Recipe
-from flax_unet_cli.sources import image_format_of, load_split, mask_format_of, open_sources
+from flax_unet_cli.sources import (
+    check_used,
+    image_format_of,
+    load_split,
+    mask_format_of,
+    open_sources,
+)
 from flax_unet_cli.train import Options
 
 #: Flags of train that the studies have no use for: they compare networks for one class, in runs
@@ -53,6 +59,7 @@ def open_study(options: Options, *recipes: str) -> dict[str, data.Arrays]:
         recipe = runs.recipe_of(settings_for(options, name))
         if recipe.imagenet and recipe.model.encoder is not None:
             imagenet(recipe.model.encoder.variant)
+    check_used(options.settings, options.places)
     sources = open_sources(options.settings, options.places, options.masks.classes)
     mask_format = mask_format_of(options.settings, sources, options.masks)
     if mask_format.channels > 1:

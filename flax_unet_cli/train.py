@@ -54,6 +54,7 @@ from flax_unet_cli.sources import (
     ImageFlags,
     MaskFlags,
     Sources,
+    check_used,
     image_format_of,
     load_split,
     mask_format_of,
@@ -195,6 +196,8 @@ def prepare(options: Options) -> Prepared:
             begun = runs.recorded_config(workdir)
             places = replace(places, split_by=begun["places"]["split_by"])
             recorded = images.from_json(begun["images"])
+    if begun is None:
+        check_used(settings, places)
     with program.task(f"opening {settings.dataset}; the first time takes a minute"):
         sources = processes.in_turn(lambda: open_sources(settings, places, options.masks.classes))
     known = options.channels == ImageFlags() and recorded
@@ -539,7 +542,7 @@ def train(
         on_step=on_step,
         stop=lambda: bool(stopped()),
         mesh=mesh,
-        check_values=settings.crop is None,  # crops may hold nothing, and what does not count
+        check_values=False,  # they were read by the mask format
     )
     save_last: Callable[[], None] | None = None  # what is not on disk yet
     written = event_writer(workdir, int(state.step)) if writes else contextlib.nullcontext()

@@ -6,6 +6,7 @@ from collections import Counter
 
 import jax
 import numpy as np
+import onnx
 import pytest
 from scipy.special import expit, log_softmax, softmax
 
@@ -325,6 +326,9 @@ def test_export_fits_folds_and_records_a_temperature(run, tmp_path, capsys):
 
     assert export.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "c")]) == 0
     assert runs.load_model(tmp_path / "c").config["calibration"] == about
+    assert export.main([*flags[:2], "--onnx", str(tmp_path / "a.onnx"), "--calibrate"]) == 0
+    metadata = {x.key: x.value for x in onnx.load(tmp_path / "a.onnx").metadata_props}
+    assert json.loads(metadata["calibration"]) == about
     flags = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "d"), "--calibrate"]
     assert export.main(flags) == 1
     assert "has a temperature already" in capsys.readouterr().err and not (tmp_path / "d").exists()

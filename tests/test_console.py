@@ -10,6 +10,7 @@ import sys
 import time
 
 import drawn
+import jax
 import pytest
 from PIL import Image
 
@@ -146,6 +147,24 @@ def test_quiet_prints_warnings_and_errors_only(folders, capsys, monkeypatch):
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 GiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"),
+    ],
+)
+def test_too_little_memory_is_one_line(error, tmp_path, monkeypatch, capsys):
+    def run(options):
+        raise error
+
+    monkeypatch.setattr(train, "run", run)
+    assert train.main(["--workdir", str(tmp_path)]) == 1
+    line = "error: there is too little memory: a smaller --batch-size, --image-size or --window "
+    first = str(error).partition("\n")[0]
+    assert capsys.readouterr().err == f"{line}needs less ({first})\n"
 
 
 def test_a_loop_over_pictures_has_a_bar_on_a_terminal(monkeypatch, capsys):

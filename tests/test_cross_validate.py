@@ -359,6 +359,12 @@ def test_what_takes_one_network_refuses_an_ensemble(root, workdir, tmp_path, cap
     assert "holds a cross-validation: choose another --workdir" in capsys.readouterr().err
     assert cross(root, workdir / "fold-0") == 1
     assert "holds a run or a model: choose another" in capsys.readouterr().err
+    assert export.main(["--workdir", str(workdir / "fold-0"), "--out", str(workdir)]) == 1
+    assert f"{workdir} is the workdir of a run: choose another" in capsys.readouterr().err
+    for name in (runs.CROSS_VALIDATION, "model.json"):
+        shutil.copy(workdir / runs.CROSS_VALIDATION, tmp_path / name)
+    with pytest.raises(ValueError, match="holds a cross-validation and an exported model"):
+        runs.load_model(tmp_path)
 
 
 def test_models_of_other_pictures_are_no_ensemble(workdir, tmp_path):

@@ -147,6 +147,18 @@ def test_a_declared_range_is_used_for_its_kind_of_values_alone():
     np.testing.assert_allclose(read(npy(np.full((1, 1, 2), 0.5)), pairs)[0, 0], [0.5, 0])
 
 
+def test_a_picture_that_becomes_white_gives_a_warning():
+    rng = np.random.default_rng(0)
+    found = images.find(source(npy(rng.uniform(0, 1, (50, 60)).astype(np.float32))))
+    dark, bright, other = np.zeros((2, 2)), np.ones((2, 2)), rng.uniform(0, 255, (50, 60))
+    read(npy(dark.astype(np.float32)), found)
+    read(npy(bright.astype(np.float32)), found)
+    with pytest.warns(UserWarning, match="more than half of it becomes white.*--value-range"):
+        read(npy(other.astype(np.float32)), found)
+    declared = replace(found, kind=None, low=(0.0,), high=(255.0,))
+    read(npy(other.astype(np.float32)), declared)
+
+
 def test_percentiles_scale_each_picture_by_itself():
     rng = np.random.default_rng(0)
     found = images.find(source(rng.integers(0, 9, (4, 4)).astype(np.uint16)), percentiles=(1, 99))

@@ -622,6 +622,35 @@ def test_flags_that_do_not_fit_the_data_set_are_refused(tmp_path, settings, plac
         sources.open_sources(runs.Settings(**settings), runs.Places(tmp_path, **places))
 
 
+@pytest.mark.parametrize(
+    ("settings", "places", "words"),
+    [
+        ({"protocol": "medico"}, {}, "--protocol needs --dataset kvasir_seg"),
+        ({"dataset": "tfds:kvasir_seg", "protocol": "medico"}, {}, "--protocol needs --dataset"),
+        ({"dataset": "kvasir_seg"}, {"split_by": "name"}, "--split-by needs --dataset folder"),
+        ({}, {"split_by": "name", "split_file": "a.json"}, "without --split-file"),
+        ({}, {"data_dir": "here"}, "--data-dir is for data sets of TFDS"),
+    ],
+)
+def test_flags_without_an_effect_are_refused(tmp_path, settings, places, words):
+    settings = runs.Settings(**{"dataset": "folder"} | settings)
+    with pytest.raises(ValueError, match=words):
+        sources.check_used(settings, runs.Places(tmp_path, **places))
+    sources.check_used(runs.Settings(protocol="medico"), runs.Places(tmp_path, data_dir=tmp_path))
+    sources.check_used(runs.Settings(dataset="folder"), runs.Places(tmp_path, split_by="name"))
+
+
+def test_a_run_that_began_with_a_flag_without_an_effect_goes_on(folders, short, capsys):
+    """Older versions took them."""
+    flags = arguments(folders, short, epochs=2)
+    assert train.main([*flags[:1], str(short.parent / "new"), *flags[2:], "--protocol", "medico"])
+    assert "--protocol needs --dataset kvasir_seg" in capsys.readouterr().err
+    config = json.loads((short / "config.json").read_text())
+    config["settings"]["protocol"] = "medico"
+    (short / "config.json").write_text(json.dumps(config))
+    assert train.main([*flags, "--protocol", "medico"]) == 0
+
+
 def test_an_empty_split_is_named(folders, tmp_path, capsys):
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
@@ -810,9 +839,38 @@ def test_evaluation_without_a_run_is_an_error(tmp_path, capsys):
     assert "there is no run in this workdir" in capsys.readouterr().err
 
 
-def test_images_without_masks_are_refused(short, folders, capsys):
-    assert evaluate.main(["--workdir", str(short), "--images", str(folders / "images")]) == 1
-    assert "--images and --masks" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--images {}/images", "both --images and --masks"),
+        ("--mask-suffix _m", "--mask-suffix need --images and --masks"),
+        ("--mask-files class", "--mask-suffix need --images and --masks"),
+        ("--images {0}/images --masks {0}/masks --split train", "leave out --split train"),
+    ],
+)
+def test_flags_of_evaluation_that_do_not_belong_together_are_refused(
+    short, folders, capsys, flags, words
+):
+    flags = flags.format(folders).split()
+    assert evaluate.main(["--workdir", str(short), *flags]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_report_of_another_model_is_not_replaced(short, tmp_path, capsys):
+    shutil.copytree(short, tmp_path / "other")
+    out = ["--out", str(tmp_path / "out")]
+    for workdir, code in ((short, 0), (tmp_path / "other", 1), (short, 0)):
+        assert evaluate.main(["--workdir", str(workdir), *out]) == code
+        assert ("is of another model" in capsys.readouterr().err) == code
+
+
+def test_evaluation_warns_if_no_mask_has_an_object(folders, short, tmp_path, capsys):
+    flags = ["--workdir", str(short), "--out", str(tmp_path), "--images", str(folders / "images")]
+    assert evaluate.main([*flags, "--masks", str(folders / "masks"), "--foreground", "9"]) == 0
+    words = "warning: none of the 60 masks has an object, of foreground 9; background elsewhere"
+    assert words in capsys.readouterr().err
+    assert evaluate.main(["--workdir", str(short)]) == 0
+    assert "none of the" not in capsys.readouterr().err
 
 
 def test_prediction_takes_pictures_of_any_mode_and_size(undisturbed, tmp_path, capsys):
@@ -1471,15 +1529,64 @@ def test_a_class_without_a_mask_file_is_refused(folders, tmp_path, capsys):
     assert "at least two --classes" in capsys.readouterr().err
 
 
-def test_a_run_with_other_classes_is_refused(discs_and_squares, tmp_path, capsys):
-    root = discs_and_squares
-    flags = arguments(root, tmp_path / "run", epochs=1)
-    assert train.main([*flags, "--classes", str(root / "classes.json")]) == 0
-    table = json.loads((root / "classes.json").read_text())
+@pytest.fixture(scope="module")
+def three_classes(discs_and_squares, tmp_path_factory):
+    """A run of one epoch."""
+    workdir = tmp_path_factory.mktemp("three") / "run"
+    flags = arguments(discs_and_squares, workdir, epochs=1)
+    assert train.main([*flags, "--classes", str(discs_and_squares / "classes.json")]) == 0
+    return workdir
+
+
+@pytest.fixture
+def tables(discs_and_squares, tmp_path):
+    """Class files with the classes of `three_classes`: in another order, and with another name."""
+    table = json.loads((discs_and_squares / "classes.json").read_text())
     renamed = {"sky" if name == "disc" else name: colour for name, colour in table.items()}
-    (tmp_path / "more.json").write_text(json.dumps(renamed))
-    assert train.main([*flags, "--classes", str(tmp_path / "more.json")]) == 1
+    for name, content in {"other": dict(reversed(table.items())), "renamed": renamed}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_a_run_with_other_classes_is_refused(discs_and_squares, three_classes, tables, capsys):
+    flags = arguments(discs_and_squares, three_classes, epochs=1)
+    assert train.main([*flags, "--classes", str(tables / "renamed.json")]) == 1
     assert "names: " in capsys.readouterr().err
+
+
+def test_classes_are_scored_as_the_classes_of_the_model(
+    discs_and_squares, three_classes, tables, capsys
+):
+    root, out = discs_and_squares, tables / "out"
+    flags = ["--workdir", three_classes, "--images", root / "images", "--masks", root / "masks"]
+    flags = [*map(str, flags), "--out", str(out), "--classes"]
+    assert evaluate.main([*flags, str(tables / "other.json")]) == 1
+    words = "the model's classes are background disc square, in this order: give --classes in it"
+    assert words in capsys.readouterr().err and not out.exists()
+    assert evaluate.main([*flags, str(tables / "renamed.json")]) == 0
+    words = "scored in this order: background as background, sky as disc, square as square"
+    assert words in capsys.readouterr().out
+
+
+def test_exclusive_classes_have_no_threshold(discs_and_squares, three_classes, tmp_path, capsys):
+    flags = ["--workdir", str(three_classes), "--out", str(tmp_path / "out"), "--threshold", "0.9"]
+    assert predict.main([*flags, str(discs_and_squares / "images")]) == 1
+    assert "there is no threshold" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_run_may_begin_with_pictures_without_an_object(tmp_path):
+    """Also if the other pixels of the first batch do not count."""
+    rng = np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    for i in range(30):
+        image, mask = rng.integers(0, 255, (32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)
+        mask[:4] = 255
+        mask[10:20, 10:20] = i % 15 == 0
+        Image.fromarray(image).save(tmp_path / f"images/{i:02d}.png")
+        Image.fromarray(mask).save(tmp_path / f"masks/{i:02d}.png")
+    flags = [*arguments(tmp_path, tmp_path / "run", epochs=1, batch_size=1), "--stream"]
+    assert train.main([*flags, "--foreground", "1", "--ignore", "255"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -1515,7 +1622,7 @@ def test_evaluation_of_masks_with_other_values_needs_a_flag(folders, short, tmp_
     file = short / f"evaluation-folder-{folders.name}-images.json"
     report = json.loads(file.read_text())
     assert evaluate.main([*flags[:5], str(folders / "masks")]) == 1  # has the same name
-    assert "is of other pictures or masks" in capsys.readouterr().err
+    assert "of other pictures or masks" in capsys.readouterr().err
     assert json.loads(file.read_text()) == report
     assert evaluate.main([*flags[:5], str(folders / "masks"), "--out", str(tmp_path)]) == 0
     same = json.loads((tmp_path / file.name).read_text())

@@ -208,8 +208,12 @@ def test_a_damaged_data_set_and_a_full_disk_are_named(builder, tmp_path, monkeyp
     def full(*args, **options):
         raise RuntimeError("write() failed: No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", full)
-        with pytest.raises(OSError, match="synthetic_polyps cannot be prepared: .*No space"):
-            tfds_kvasir.sources("synthetic_polyps", data_dir=tmp_path)
+    def lacking(*args, **options):
+        raise AssertionError("Manual directory does not exist")
+
+    for fails, words in ((full, ".*No space"), (lacking, "Manual directory")):
+        with monkeypatch.context() as patch:
+            patch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fails)
+            with pytest.raises(OSError, match=f"synthetic_polyps cannot be prepared: {words}"):
+                tfds_kvasir.sources("synthetic_polyps", data_dir=tmp_path)
     assert len(tfds_kvasir.sources("synthetic_polyps", data_dir=tmp_path)["train"]) > 0

@@ -107,7 +107,9 @@ def open_splits(
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             builder.download_and_prepare(file_format="array_record")  # no-op if prepared
-        except RuntimeError as error:  # from the C++ writer
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # TFDS and the builders of others raise any
             raise OSError(f"{builder.name} cannot be prepared: {error}") from error
     encoded = {key: tfds.decode.SkipDecoding() for key in (image, mask)}
     present, opened = list(builder.info.splits), {}
