@@ -28,8 +28,8 @@ test: .venv/installed-dev
 test-all: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile
 
-# The tests that compare with MONAI, torchmetrics and the reference EfficientNet, in an environment
-# that has them.
+# The tests that compare with Keras, smp, MONAI, torchmetrics and the reference EfficientNet, in an
+# environment that has them.
 test-peers: .venv-peers/installed
 	.venv-peers/bin/pytest tests/test_boundary.py tests/test_metrics.py tests/test_efficientnet.py tests/test_tiles.py \
 	  tests/test_coming_from.py tests/test_keras_file.py

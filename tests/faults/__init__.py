@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "trainings killed": Kind(kills.run, 1, 12),
+    "training runs killed": Kind(kills.run, 1, 12),
     "one of two processes killed": Kind(lost.run, 1, 10),
     "exported models": Kind(models.run, 60, 3_000),
     "checkpoints": Kind(checkpoints.run, 15, 600),
