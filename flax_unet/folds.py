@@ -111,14 +111,15 @@ def split(
     if not 0 <= i < k:
         raise ValueError(f"fold {i} of {k}: folds are numbered from 0 to {k - 1}")
     pictures = together(sources)
-    fold = folds_of([picture["name"] for picture in pictures], k, group)
+    names = [picture["name"] for picture in pictures]  # reads the pictures, too
+    fold = folds_of(names, k, group)
     if group is not None:
-        groups = {group_of(picture["name"], group) for picture in pictures}
-        for name in sources.keys() - {*SPLITS}:
-            others = {group_of(picture["name"], group) for picture in sources[name]}
+        groups = {group_of(name, group) for name in names}
+        for split in sources.keys() - {*SPLITS}:
+            others = {group_of(picture["name"], group) for picture in sources[split]}
             if both := sorted(groups & others):
                 raise DataError(
-                    f"group {both[0]!r} is in the folds and in the split {name!r}: put all its "
+                    f"group {both[0]!r} is in the folds and in the split {split!r}: put all its "
                     "pictures into one of them"
                 )
     validation = [of == i for of in fold]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from flax.traverse_util import flatten_dict
+from scipy.special import expit, softmax
 
 import flax_unet
 from flax_unet import efficientnet
@@ -398,7 +399,5 @@ def _usable_cores() -> int:
 def _probabilities(logits: np.ndarray, overlapping: bool) -> np.ndarray:
     """`classes.probabilities` in NumPy."""
     if overlapping or logits.shape[-1] == 1:
-        with np.errstate(over="ignore"):  # of large negative logits, whose probability is 0
-            return 1 / (1 + np.exp(-logits))
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
+        return expit(logits)
+    return softmax(logits, axis=-1)
