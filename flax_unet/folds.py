@@ -115,11 +115,11 @@ def split(
     fold = folds_of(names, k, group)
     if group is not None:
         groups = {group_of(name, group) for name in names}
-        for split in sources.keys() - {*SPLITS}:
-            others = {group_of(picture["name"], group) for picture in sources[split]}
+        for key in sources.keys() - {*SPLITS}:
+            others = {group_of(picture["name"], group) for picture in sources[key]}
             if both := sorted(groups & others):
                 raise DataError(
-                    f"group {both[0]!r} is in the folds and in the split {split!r}: put all its "
+                    f"group {both[0]!r} is in the folds and in the split {key!r}: put all its "
                     "pictures into one of them"
                 )
     validation = [of == i for of in fold]

@@ -4,6 +4,7 @@ Hypothesis chooses the cases; no failure reaches it, so it goes on to the given 
 """
 
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -129,7 +130,10 @@ def check_wide(case: tuple[np.ndarray, str, tuple[float, ...] | None]) -> None:
     if ends is not None:
         low, high = (np.full(values.shape[2], end) for end in ends)
     assert found.channels == values.shape[2], found
-    image = images.read(pictures.open_content(data, "a"), found, "a")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image = images.read(pictures.open_content(data, "a"), found, "a")
+    assert bool(caught) == ((exact > high + (high - low)).mean() > 0.5), "white without a word"
     expected = ((exact - low) / (high - low)).clip(0, 1)
     scale = np.maximum(abs(low), abs(high)) / (high - low)  # what float32 costs
     assert image.dtype == np.float32 and image.shape == values.shape, image.shape
