@@ -98,9 +98,8 @@ def open_split(
     given = options.meaning.classes or names
     if (options.images is None) != (options.masks is None):
         raise DataError("give both --images and --masks, or neither")
-    if options.images is None and (
-        options.mask_files or options.image_suffix or options.mask_suffix
-    ):
+    of_folders = options.mask_files, options.image_suffix, options.mask_suffix
+    if options.images is None and any(of_folders):
         raise DataError("--mask-files, --image-suffix and --mask-suffix need --images and --masks")
     if options.images is not None and options.split != Options.split:
         raise DataError(f"--images has no splits: leave out --split {options.split}")

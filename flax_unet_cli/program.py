@@ -77,9 +77,10 @@ def _run(run: Callable[[Any], int | None], flags: Any) -> int:
         if isinstance(error, ValueError | OSError | FloatingPointError | ModuleNotFoundError):
             print(f"error: {error}", file=sys.stderr)
         elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            first_line, *_ = str(error).split("\n")
             print(
                 "error: there is too little memory: a smaller --batch-size, --image-size or "
-                f"--window needs less ({str(error).partition(chr(10))[0]})",
+                f"--window needs less ({first_line})",
                 file=sys.stderr,
             )
         elif processes.count() == 1:

@@ -542,7 +542,7 @@ def train(
         on_step=on_step,
         stop=lambda: bool(stopped()),
         mesh=mesh,
-        check_values=False,  # they were read by the mask format
+        check_values=False,  # the mask format has refused values without a meaning
     )
     save_last: Callable[[], None] | None = None  # what is not on disk yet
     written = event_writer(workdir, int(state.step)) if writes else contextlib.nullcontext()
